@@ -1,0 +1,385 @@
+"""
+Samples and pairs on disk, and in what order and with what noise a run uses them.
+
+A sample is one .safetensors file:
+    latents  (C, F, H, W)    as the model is trained on them (normalised), float
+    context  (T, D)          text embeddings, unpadded rows, float; T = 0 is the empty caption
+    others                   conditions of the variant (image condition, ...), kept by name
+    header metadata          strings: prompt, seed, source, ...
+
+Where train.py --data finds them:
+    DIR/real/017.safetensors                          what is preferred
+    DIR/negatives*/017.safetensors                    what is not, of the same stem; any number of such folders, each adds its pairs
+    or a .jsonl, one pair a line                      {"win": "a/1.safetensors", "lose": "b/1.safetensors", "prompt": "..."}
+    or, for a loss without pairs, DIR/*.safetensors   samples only
+Names that start with a dot (unfinished files among them) are left alone.
+"""
+
+import hashlib
+import json
+import math
+import os
+import struct
+import uuid
+import zlib
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+          "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
+ITEM_KEYS = {"win", "lose", "name", "names", "metadata"}   # what items and batches hold beside tensors: no condition may be called so
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# one sample file
+
+def write_whole(path, content):
+    """Writes the bytes so that `path` is either absent, as it was before, or complete: temporary name beside it, then one rename."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")   # unique: two processes may make the same file
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())   # or a power cut can leave the new name on an empty file
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_sample(path, latents, context, metadata, **conditions):
+    """latents (C, F, H, W), context (T, D), conditions by name; metadata values become strings. Never leaves half a file."""
+    tensors = {"latents": latents, "context": context, **conditions}
+    check_tensors(path, tensors)
+    tensors = {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
+    write_whole(path, save(tensors, metadata={name: str(value) for name, value in metadata.items()}))
+
+
+def read_header(path):
+    """The sample as `read_sample` gives it, but with tensors on the meta device: shapes and dtypes checked, no tensor read (25 us a file)."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            slices = {name: file.get_slice(name) for name in file.keys()}
+            metadata = file.metadata() or {}
+            tensors = {}
+            for name, part in slices.items():
+                if part.get_dtype() not in DTYPES:
+                    raise ValueError(f"{path}: {name} is {part.get_dtype()} but samples hold {', '.join(DTYPES)}; write it again with one of these")
+                if math.prod(max(1, size) for size in part.get_shape()) > 2 ** 40:   # possible beside a 0, and torch overflows
+                    raise ValueError(f"{path}: {name} is {tuple(part.get_shape())}, which no sample is; delete the file")
+                tensors[name] = torch.empty(part.get_shape(), dtype=DTYPES[part.get_dtype()], device="meta")
+    except (SafetensorError, OSError) as error:
+        raise unreadable(path, error) from error
+    check_tensors(path, tensors)
+    return {**tensors, "metadata": metadata}
+
+
+def read_sample(path):
+    """-> {"latents": (C, F, H, W), "context": (T, D), conditions by name, "metadata": {str: str}}, all numbers finite."""
+    header = read_header(path)
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise unreadable(path, error) from error
+    check_tensors(path, tensors)
+    return {**tensors, "metadata": header["metadata"]}
+
+
+def unreadable(path, error):
+    if not Path(path).exists():
+        return ValueError(f"{path}: no such file; a sample (.safetensors) was expected here")
+    return ValueError(f"{path}: not a whole safetensors file ({error}); a sample with latents and context was expected: "
+                      "it was cut off or is another kind of file, so delete it and make it again")
+
+
+def check_tensors(path, tensors):
+    """Raises ValueError, naming the file, unless the tensors are a sample. Values are looked at only where they are there (not on meta)."""
+    for name, axes in (("latents", "(C, F, H, W)"), ("context", "(T, D)")):
+        if name not in tensors:
+            raise ValueError(f"{path}: no `{name}` among its tensors ({', '.join(sorted(tensors)[:8]) or 'none'}); samples hold latents and context, "
+                             "as encode.py and sample.py write them")
+        tensor = tensors[name]
+        if tensor.ndim != axes.count(",") + 1 or 0 in tensor.shape[name == "context":]:   # T, and only T, may be 0
+            raise ValueError(f"{path}: {name} is {tuple(tensor.shape)}, expected {axes}")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{path}: {name} is {tensor.dtype}, expected a float type; make the sample again")
+    if ITEM_KEYS & tensors.keys():
+        raise ValueError(f"{path}: a tensor is called {min(ITEM_KEYS & tensors.keys())}, which items use themselves; give the condition another name")
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not tensor.is_meta and not tensor.isfinite().all():
+            raise ValueError(f"{path}: {name} has {int((~tensor.isfinite()).sum())} of {tensor.numel()} values NaN or infinite; "
+                             "delete the file and make it again")
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# sets of samples and pairs
+
+def sample_files(folder):
+    """The sample files directly in `folder`, by name. ValueError where there is none."""
+    if not Path(folder).is_dir():
+        raise ValueError(f"{folder}: no such folder; a folder of samples (*.safetensors) was expected")
+    files = sorted(path for path in Path(folder).glob("*.safetensors") if not path.name.startswith("."))
+    if not files:
+        raise ValueError(f"{folder}: no samples (*.safetensors) in this folder; make them from videos with: python encode.py --videos DIR --out {folder}")
+    return files
+
+
+def summary(sample):
+    return tuple(sample["latents"].shape), sample["metadata"].get("prompt")
+
+
+def read_summaries(files):
+    """{path: (latents shape, prompt or None)}, from headers alone. One number of channels and one context width for all."""
+    summaries, first = {}, None
+    for path in files:
+        header = read_header(path)
+        widths = (header["latents"].shape[0], header["context"].shape[1])   # C, D
+        first = first or (path, widths)
+        if widths != first[1]:
+            raise ValueError(f"{path}: {widths[0]} latent channels and context width {widths[1]}, but {first[0]} has {first[1][0]} and {first[1][1]}; "
+                             "encode all samples with one encoder")
+        summaries[path] = summary(header)
+    return summaries
+
+
+def check_pair(win, lose, of_win, of_lose):
+    """win, lose: files; of_win, of_lose: their summaries."""
+    if of_win[0] != of_lose[0]:
+        raise ValueError(f"{lose}: win is {of_win[0]} but lose is {of_lose[0]}; encode both at one size (the win is {win})")
+    if None not in (of_win[1], of_lose[1]) and of_win[1] != of_lose[1]:
+        raise ValueError(f'{lose}: made for the prompt "{of_lose[1]}", but the win, {win}, has "{of_win[1]}"; a pair shares one prompt')
+
+
+def item_tensors(sample):
+    """Context and conditions of an item. Stored types save space on disk; what is trained on is float32. Masks and other integers stay."""
+    return {name: value.float() if value.is_floating_point() else value for name, value in sample.items() if name not in ("latents", "metadata")}
+
+
+class SampleSet:
+    """The samples of a folder (or a list of files). Item: {"win": latents, "context", conditions, "name"}, so that sft and dpo share code."""
+
+    def __init__(self, source):
+        self.files = list(source) if isinstance(source, (list, tuple)) else sample_files(source)
+        read_summaries(self.files)
+
+    def __len__(self):
+        return len(self.files)
+
+    def __getitem__(self, index):
+        sample = read_sample(self.files[index])
+        return {"win": sample["latents"].float(), **item_tensors(sample), "name": str(self.files[index])}
+
+
+class PairSet:
+    """
+    pairs: list of (win file, lose file). The headers of all files are checked here, tensors when an item is read.
+    Item: {"win", "lose": (C, F, H, W), "context": (T, D), conditions, "name"}; context and conditions are the win's and serve both.
+    `unpaired`: stems of the real samples that no negative was found for.
+    """
+
+    def __init__(self, pairs, unpaired=()):
+        self.pairs, self.unpaired = list(pairs), list(unpaired)
+        summaries = read_summaries(dict.fromkeys(path for pair in self.pairs for path in pair))   # a win may have many negatives: read it once
+        for win, lose in self.pairs:
+            check_pair(win, lose, summaries[win], summaries[lose])
+
+    def __len__(self):
+        return len(self.pairs)
+
+    def __getitem__(self, index):
+        win_path, lose_path = self.pairs[index]
+        win, lose = read_sample(win_path), read_sample(lose_path)
+        check_pair(win_path, lose_path, summary(win), summary(lose))   # again: files can change under a run of days
+        return {"win": win["latents"].float(), "lose": lose["latents"].float(), **item_tensors(win), "name": f"win {win_path}, lose {lose_path}"}
+
+
+def pairs_by_stem(real, negatives):
+    """real: a folder; negatives: folders. One pair for every file of every folder of negatives, with the real sample of the same stem."""
+    wins = {path.stem: path for path in sample_files(real)}
+    pairs = []
+    for folder in negatives:
+        losers = {path.stem: path for path in sample_files(folder)}
+        orphans = [stem for stem in losers if stem not in wins]
+        if orphans:
+            raise ValueError(f"{folder}: {len(orphans)} of {len(losers)} negatives have no real sample of the same stem in {real}: "
+                             f"{', '.join(orphans[:5])}{', ...' if len(orphans) > 5 else ''}; delete them, or put the real ones back")
+        pairs += [(wins[stem], path) for stem, path in losers.items()]
+    paired = {win for win, _ in pairs}
+    return PairSet(pairs, unpaired=[stem for stem, path in wins.items() if path not in paired])
+
+
+def read_jsonl(path):
+    """-> list of ("file:line", dict), one for every line that is not blank."""
+    rows = []
+    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
+        if line.strip():
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f"{path}:{number}: not JSON ({error}); every line is one object") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{path}:{number}: a {type(row).__name__}, expected one object a line")
+            rows.append((f"{path}:{number}", row))
+    return rows
+
+
+def file_inside(folder, name, where):
+    """The file `name` of a manifest's `folder`. A manifest may come from anyone: it reaches no file outside its own folder, links included."""
+    try:
+        inside = not Path(name).is_absolute() and (Path(folder).resolve() / name).resolve().is_relative_to(Path(folder).resolve())
+        found = inside and (Path(folder) / name).is_file()
+    except (OSError, RuntimeError, ValueError) as error:   # name too long, ring of links, zero byte
+        raise ValueError(f"{where}: {name!r:.200} is no file name ({error})") from error
+    if not inside:
+        raise ValueError(f"{where}: {name!r} leads out of {folder} (or is absolute, or a link that does); a manifest names files of its own folder")
+    if not found:
+        raise ValueError(f"{where}: no file {name!r} in {folder}")
+    return Path(folder) / name
+
+
+def pairs_from_jsonl(path):
+    """One pair a line: {"win": file, "lose": file, "prompt": text}, files relative to the folder of the .jsonl and inside it."""
+    pairs = []
+    for where, row in read_jsonl(path):
+        for key in ("win", "lose", "prompt"):
+            if not isinstance(row.get(key), str):
+                raise ValueError(f"{where}: `{key}` is {row.get(key)!r:.80}, expected text; a pair is an object with win, lose and prompt")
+        win, lose = (file_inside(Path(path).parent, row[key], where) for key in ("win", "lose"))
+        if win == lose:
+            raise ValueError(f"{where}: win and lose are the same file, {row['win']!r}")
+        for file in (win, lose):
+            prompt = read_header(file)["metadata"].get("prompt", row["prompt"])
+            if prompt != row["prompt"]:
+                raise ValueError(f'{where}: the prompt is "{row["prompt"]}", but {file} was made for "{prompt}"')
+        pairs.append((win, lose))
+    if not pairs:
+        raise ValueError(f"{path}: no pairs; expected one object with win, lose and prompt a line")
+    return PairSet(pairs)
+
+
+def open_data(path, pairs):
+    """What --data names: a PairSet if `pairs`, else a SampleSet of what is preferred. The layouts stand at the top of this file."""
+    path = Path(path)
+    if path.suffix == ".jsonl" and path.is_file():
+        found = pairs_from_jsonl(path)
+        return found if pairs else SampleSet(list(dict.fromkeys(win for win, _ in found.pairs)))
+    if not path.is_dir():
+        raise ValueError(f"--data {path}: no such folder (with real/ and negatives*/) or .jsonl file")
+    real = path / "real"
+    if not pairs:
+        return SampleSet(real if real.is_dir() else path)
+    if not real.is_dir():
+        raise ValueError(f"--data {path}: no folder real/ in it; a loss on pairs needs real/*.safetensors (python encode.py --videos DIR --out {real}) "
+                         f"and negatives (python sample.py --pairs {path} ...)")
+    negatives = sorted(folder for folder in path.glob("negatives*") if any(folder.glob("[!.]*.safetensors")))   # one just begun may be empty
+    if not negatives:
+        raise ValueError(f"--data {path}: {real} has {len(sample_files(real))} samples, but there is no negatives*/ folder with any; "
+                         f"make negatives with: python sample.py --pairs {path} ...")
+    return pairs_by_stem(real, negatives)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# order, noise, batches
+
+def randomness(seed, position, stream="noise"):
+    """
+    A torch.Generator that depends on (seed, position, stream) only: not on the rank, the number of ranks or the past.
+
+    torch's CPU generator keeps 32 bits of its seed; hashed into them, two of 100,000 positions would more likely than not share their noise.
+    Hence a permutation of the 32-bit numbers (four Feistel rounds keyed by seed and stream): no two positions of a run share a generator.
+    """
+    assert 0 <= position < 2 ** 32, position
+    left, right = divmod(position, 2 ** 16)
+    for turn in range(4):
+        digest = hashlib.sha256(f"{seed} {stream} {turn} {right}".encode()).digest()
+        left, right = right, left ^ int.from_bytes(digest[:2], "big")
+    return torch.Generator().manual_seed(left * 2 ** 16 + right)
+
+
+@lru_cache(maxsize=4)
+def epoch_order(seed, epoch, n):
+    return torch.randperm(n, generator=randomness(seed, epoch, "order"))
+
+
+def order(seed, position, n):
+    """Which of n items stands at this position of the run. Every epoch is a fresh permutation, a function of (seed, epoch)."""
+    return int(epoch_order(seed, position // n, n)[position % n])
+
+
+def draw(seed, position, shape, flow_shift, min_timestep, max_timestep):
+    """
+    sigma (float) and noise (`shape`, float32) of a position; win and lose, policy and reference all use the same.
+
+    sigma = flow_shift u / (1 + (flow_shift - 1) u), u uniform on the interval for which sigma is in (min_timestep, max_timestep] / 1000:
+    the limits hold after the shift, as the expert boundaries of Wan2.2 do.
+    """
+    if not flow_shift > 0:
+        raise ValueError(f"--flow_shift {flow_shift}: expected a number above 0 (1 does nothing)")
+    if not 0 <= min_timestep < max_timestep <= 1000:
+        raise ValueError(f"--min_timestep {min_timestep} --max_timestep {max_timestep}: expected 0 <= min < max <= 1000")
+    lowest, highest = min_timestep / 1000, max_timestep / 1000
+    low, high = (sigma / (flow_shift - (flow_shift - 1) * sigma) for sigma in (lowest, highest))   # the shift, inverted
+    generator = randomness(seed, position)
+    u = high - (high - low) * torch.rand((), generator=generator, dtype=torch.float64).item()      # (low, high]: never sigma 0
+    sigma = flow_shift * u / (1 + (flow_shift - 1) * u)
+    return min(max(sigma, lowest), highest), torch.randn(shape, generator=generator)               # rounding must not cross a boundary
+
+
+def collate(items):
+    """Items -> {"win", "lose" (B, C, F, H, W), "context" (B, T, D) zero-padded to the longest, conditions (B, ...), "names": list of B}."""
+    first, batch = items[0], {"names": [item["name"] for item in items]}
+    for item in items:
+        if item.keys() != first.keys():
+            raise ValueError(f"{item['name']} has {sorted(item)} but {first['name']} has {sorted(first)}; the items of a batch need the same tensors")
+        for key in item.keys() - {"name", "context"}:
+            if item[key].shape != first[key].shape:
+                raise ValueError(f"{item['name']}: {key} is {tuple(item[key].shape)} but {tuple(first[key].shape)} in {first['name']}, of the same batch; "
+                                 "encode at one size, or use --batch_size 1")
+    for key in first.keys() - {"name", "context"}:
+        batch[key] = torch.stack([item[key] for item in items])
+    batch["context"] = torch.nn.utils.rnn.pad_sequence([item["context"] for item in items], batch_first=True)   # the model pads on with zeros as well
+    return batch
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# pictures
+
+def write_png(path, image):
+    """image (H, W, 3) uint8, RGB."""
+    image = np.ascontiguousarray(image)
+    assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3, (image.dtype, image.shape)
+    height, width, _ = image.shape
+    rows = np.pad(image.reshape(height, width * 3), ((0, 0), (1, 0)))   # a zero before every row: "no filter"
+    content = b"\x89PNG\r\n\x1a\n"
+    for kind, body in ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b"")):
+        content += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    write_whole(path, content)
+
+
+def to_rgb(video, upscale=1):
+    """video (3, F, H, W) in [-1, 1] -> (F, H * upscale, W * upscale, 3) uint8, pixels repeated."""
+    video = ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    return rearrange(video, "c f h w -> f h w c").repeat_interleave(upscale, 1).repeat_interleave(upscale, 2).cpu().numpy()
+
+
+def contact_sheet(path, videos, columns=8, upscale=1, group=0):
+    """
+    PNG of clips: one row per video (3, F, H, W) in [-1, 1], `columns` of its frames, evenly spread, left to right.
+    group > 0 leaves a wider gap after every `group` rows (real, base, trained, real, base, trained: group 3).
+    """
+    if len({tuple(video.shape) for video in videos}) != 1:
+        raise ValueError(f"{path}: a contact sheet takes videos of one shape; got {sorted({tuple(video.shape) for video in videos})}")
+    frames = videos[0].shape[1]
+    shown, rows = torch.linspace(0, frames - 1, min(columns, frames)).round().long(), []
+    for number, video in enumerate(videos, start=1):
+        gap = 8 if group and number % group == 0 and number < len(videos) else 2
+        pictures = np.pad(to_rgb(video[:, shown.to(video.device)], upscale), ((0, 0), (0, gap), (0, 2), (0, 0)), constant_values=255)
+        rows.append(rearrange(pictures, "f h w c -> h (f w) c"))
+    write_png(path, np.concatenate(rows))

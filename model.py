@@ -1,0 +1,572 @@
+"""
+The Wan video DiT, its public variants, and reading and writing their weights.
+
+    velocity = WanModel(CONFIGS["tiny"])(x, timestep, context)        # x (B,C,F,H,W), timestep (B,) in [0,1000]
+
+Submodules are named as in the original checkpoints, so their state dicts load with strict=True.
+
+Numbers: the large matrices and attention run in the dtype of the parameters (bf16 on GPUs); the timestep path, modulation, the insides of
+the norms, the residual stream and the head run in float32 whatever that dtype is. "float32" here is promote_types(dtype, float32), so that a
+model in float64 stays in float64. Nothing relies on autocast, nor on FSDP casting the inputs of blocks (use cast_forward_inputs=False).
+
+Axes: B C F H W for video; L video tokens, T context tokens, D width, N heads, K = D / N; U distinct timesteps.
+"""
+import json
+import math
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+
+@dataclass(frozen=True)
+class WanConfig:
+    dim: int
+    ffn_dim: int
+    num_heads: int
+    num_layers: int
+    in_dim: int                       # channels of x and of the condition y together
+    out_dim: int                      # channels of x and of the velocity
+    text_dim: int = 4096
+    text_len: int = 512
+    freq_dim: int = 256
+    patch_size: tuple = (1, 2, 2)
+    eps: float = 1e-6
+    image_dim: int = 0                # width of the CLIP features; 0: the model has no image branch
+    image_pos_len: int = 0            # tokens of first and last image together, which get a position embedding (FLF2V)
+
+    @property
+    def model_type(self):             # the official word, which follows from the rest
+        if self.image_pos_len:
+            return "flf2v"
+        if self.in_dim > self.out_dim:
+            return "i2v"
+        return "ti2v" if self.out_dim == 48 else "t2v"
+
+
+WAN_14B = dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, out_dim=16)
+CONFIGS = {
+    "tiny": WanConfig(dim=128, ffn_dim=512, num_heads=4, num_layers=4, in_dim=12, out_dim=12, text_dim=32, text_len=16),
+    "wan2.1-t2v-1.3b": WanConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30, in_dim=16, out_dim=16),
+    "wan2.1-t2v-14b": WanConfig(**WAN_14B, in_dim=16),
+    "wan2.1-i2v-14b": WanConfig(**WAN_14B, in_dim=36, image_dim=1280),
+    "wan2.1-flf2v-14b": WanConfig(**WAN_14B, in_dim=36, image_dim=1280, image_pos_len=514),
+    "wan2.2-ti2v-5b": WanConfig(dim=3072, ffn_dim=14336, num_heads=24, num_layers=30, in_dim=48, out_dim=48),
+    "wan2.2-t2v-a14b": WanConfig(**WAN_14B, in_dim=16),                  # one of the two experts, which are alike
+    "wan2.2-i2v-a14b": WanConfig(**WAN_14B, in_dim=36),                  # the same; no CLIP branch, unlike Wan2.1's
+}
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# the parts
+
+class Linear32(nn.Linear):
+    """A linear layer that computes in float32, also where its weights arrive in bf16 (FSDP gathers all of a group in one dtype)."""
+    def forward(self, x):
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+
+
+class LayerNorm32(nn.LayerNorm):
+    """LayerNorm of the float32 residual stream; the result stays float32."""
+    def forward(self, x):
+        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class Recompute(torch.autograd.Function):
+    """Recompute.apply(f, *inputs) = f(*inputs), keeping only the inputs for backward: f is cheap and its float32 intermediates are large."""
+    @staticmethod
+    def forward(ctx, f, *inputs):
+        ctx.f = f
+        ctx.save_for_backward(*inputs)
+        return f(*inputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        inputs = [x.detach().requires_grad_(needed) for x, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[1:])]
+        with torch.enable_grad():
+            out = ctx.f(*inputs)
+        grads = iter(torch.autograd.grad(out, [x for x in inputs if x.requires_grad], grad))
+        return None, *(next(grads) if x.requires_grad else None for x in inputs)
+
+
+class ModulatedNorm(nn.Module):
+    """LayerNorm without weights, then scale and shift by the timestep, in float32; the result is cast to dtype."""
+    def __init__(self, eps):
+        super().__init__()
+        self.eps = eps
+
+    def forward(self, x, shift, scale, dtype):
+        return Recompute.apply(lambda x, shift, scale: (F.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale) + shift).to(dtype),
+                               x, shift, scale)
+
+
+class RMSNorm(nn.RMSNorm):
+    """Over the whole width, all heads together; computed in float32, also on bf16, by rms_norm itself."""
+    def forward(self, x):
+        return Recompute.apply(lambda x, weight: F.rms_norm(x, x.shape[-1:], weight, self.eps), x, self.weight)
+
+
+def timestep_embedding(timestep, dim):
+    """timestep (U,) in [0, 1000] -> (U, dim) float64, [cos, sin] of timestep * 10000^(-2i/dim); in float32 it is off by 6e-5 near 1000."""
+    frequency = 10000 ** (-torch.arange(dim // 2, dtype=torch.float64, device=timestep.device) / (dim // 2))
+    angle = timestep.double()[:, None] * frequency
+    return torch.cat([angle.cos(), angle.sin()], dim=1)
+
+
+def rope_table(grid, head_dim, device):
+    """
+    grid (f, h, w) in tokens -> cos, sin (L, 1, K/2) float32, computed in float64. The K/2 angles of a token are those of its frame, row and
+    column; each axis has its own exponent. Made anew in each forward, which costs next to nothing: a buffer would be cast by .to(bf16), and
+    a cache would keep what was made in inference mode or by FakeTensorMode.
+    """
+    spatial = 2 * (head_dim // 6)                                        # not head_dim // 3: differs for heads other than 128
+    angles = []
+    for axis, (size, width) in enumerate(zip(grid, (head_dim - 2 * spatial, spatial, spatial))):
+        frequency = 10000 ** (-torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
+        angle = torch.arange(size, device=device)[:, None] * frequency                       # (size, width/2)
+        shape = [1, 1, 1, width // 2]
+        shape[axis] = size
+        angles.append(angle.view(shape))
+    table = lambda f: torch.cat([f(angle).float().expand(*grid, -1) for angle in angles], dim=-1).reshape(-1, 1, head_dim // 2)
+    return table(torch.cos), table(torch.sin)
+
+
+def rotate(x, cos, sin):
+    """Rotate the interleaved pairs (x_2j, x_2j+1) of x (B, L, N, K) by the angles of rope_table, in float32."""
+    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)                           # (B, L, N, K/2) each; float32 tables promote a bf16 product
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+
+
+def attention(q, k, v):
+    """q (B, L, N, K), k and v (B, T, N, K) -> (B, L, D). No mask: the padding of the text is attended, as Wan was trained."""
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
+    return rearrange(out, "b n l k -> b l (n k)")
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        dim = config.dim
+        self.num_heads = config.num_heads
+        self.q, self.k, self.v, self.o = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.norm_q, self.norm_k = RMSNorm(dim, eps=config.eps), RMSNorm(dim, eps=config.eps)
+
+    def split_heads(self, x):
+        return x.unflatten(-1, (self.num_heads, -1))
+
+    def forward(self, x, cos, sin):
+        q = rotate(self.split_heads(self.norm_q(self.q(x))), cos, sin)   # (B, L, N, K)
+        k = rotate(self.split_heads(self.norm_k(self.k(x))), cos, sin)
+        v = self.split_heads(self.v(x))
+        return self.o(attention(q, k, v))
+
+
+class CrossAttention(SelfAttention):
+    """Attention to the text and, with an image branch, separately to the image tokens that stand before it, with the same queries."""
+    def __init__(self, config):
+        super().__init__(config)
+        self.text_len = config.text_len
+        self.has_image = config.image_dim > 0
+        if self.has_image:
+            self.k_img, self.v_img = nn.Linear(config.dim, config.dim), nn.Linear(config.dim, config.dim)
+            self.norm_k_img = RMSNorm(config.dim, eps=config.eps)
+
+    def forward(self, x, context):
+        image, text = context[:, :-self.text_len], context[:, -self.text_len:]
+        q = self.split_heads(self.norm_q(self.q(x)))
+        out = attention(q, self.split_heads(self.norm_k(self.k(text))), self.split_heads(self.v(text)))
+        if self.has_image:
+            out = out + attention(q, self.split_heads(self.norm_k_img(self.k_img(image))), self.split_heads(self.v_img(image)))
+        return self.o(out)
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        dim = config.dim
+        self.norm1 = ModulatedNorm(config.eps)
+        self.self_attn = SelfAttention(config)
+        self.norm3 = LayerNorm32(dim, eps=config.eps)
+        self.cross_attn = CrossAttention(config)
+        self.norm2 = ModulatedNorm(config.eps)
+        self.ffn = nn.Sequential(nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim))
+        self.modulation = nn.Parameter(torch.randn(1, 6, dim) / math.sqrt(dim))
+
+    def forward(self, x, context, time_mod, time_index, cos, sin):
+        """x (B,L,D) float32, context (B,T,D), time_mod (U,6,D) float32, time_index (B,1) or (B,L), tables of rope_table -> x (B,L,D)."""
+        dtype = self.ffn[0].weight.dtype                                 # of the matrices; x itself stays float32
+        modulation = (self.modulation + time_mod).unbind(1)              # 6 of (U, D)
+        shift1, scale1, gate1, shift2, scale2, gate2 = [F.embedding(time_index, m) for m in modulation]    # (B, 1 or L, D)
+        x = x + gate1 * self.self_attn(self.norm1(x, shift1, scale1, dtype), cos, sin)
+        x = x + self.cross_attn(self.norm3(x).to(dtype), context)        # no gate and no modulation here, as in Wan
+        return x + gate2 * self.ffn(self.norm2(x, shift2, scale2, dtype))
+
+
+class Head(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.norm = ModulatedNorm(config.eps)
+        self.head = Linear32(config.dim, math.prod(config.patch_size) * config.out_dim)
+        self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / math.sqrt(config.dim))
+
+    def forward(self, x, time_emb, time_index):
+        """x (B,L,D), time_emb (U,D): the embedding before time_projection -> (B, L, p_f*p_h*p_w*C), all float32."""
+        shift, scale = [F.embedding(time_index, m) for m in (self.modulation + time_emb[:, None]).unbind(1)]
+        return self.head(self.norm(x, shift, scale, x.dtype))
+
+
+class ImageEmbedding(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.proj = nn.Sequential(                                       # eps 1e-5 and the exact GELU, unlike everywhere else
+            nn.LayerNorm(config.image_dim), nn.Linear(config.image_dim, config.image_dim), nn.GELU(),
+            nn.Linear(config.image_dim, config.dim), nn.LayerNorm(config.dim))
+        if config.image_pos_len:
+            self.emb_pos = nn.Parameter(torch.zeros(1, config.image_pos_len, config.image_dim))
+
+    def forward(self, clip_features):
+        if hasattr(self, "emb_pos"):
+            clip_features = clip_features + self.emb_pos
+        return self.proj(clip_features)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# the model
+
+class WanModel(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        dim = config.dim
+        self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, stride=config.patch_size)
+        self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
+        self.time_embedding = nn.Sequential(Linear32(config.freq_dim, dim), nn.SiLU(), Linear32(dim, dim))
+        self.time_projection = nn.Sequential(nn.SiLU(), Linear32(dim, 6 * dim))
+        if config.image_dim:
+            self.img_emb = ImageEmbedding(config)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
+        self.head = Head(config)
+        self.init_weights()
+
+    def init_weights(self):
+        """As the official code does for training from scratch. The head starts at zero; modulations keep their randn / sqrt(D)."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        nn.init.xavier_uniform_(self.patch_embedding.weight.flatten(1))
+        std = 0.02 if self.config.dim >= 1024 else self.config.dim ** -0.5                   # 0.02 starves a narrow model of text and time
+        for layer in (self.text_embedding[0], self.text_embedding[2], self.time_embedding[0], self.time_embedding[2]):
+            nn.init.normal_(layer.weight, std=std)
+        nn.init.zeros_(self.head.head.weight)
+
+    def check_inputs(self, x, timestep, context, y, clip_features):
+        config, batch = self.config, len(x)
+        shape = lambda tensor: None if tensor is None else tuple(tensor.shape)
+        if x.ndim != 5 or x.shape[1] != config.out_dim or any(size % patch for size, patch in zip(x.shape[2:], config.patch_size)):
+            raise ValueError(f"x is {shape(x)}; expected (B, {config.out_dim}, F, H, W) with F, H, W multiples of {config.patch_size}")
+        tokens = math.prod(x.shape[2:]) // math.prod(config.patch_size)
+        if shape(timestep) not in ((batch,), (batch, tokens)) or timestep.dtype in (torch.bfloat16, torch.float16):
+            raise ValueError(f"timestep is {shape(timestep)} {timestep.dtype}; expected ({batch},) or one per token, ({batch}, {tokens}), "
+                             "in float32: 16 bits cannot tell 999 from 1000")
+        if context.ndim != 3 or len(context) != batch or context.shape[1] > config.text_len or context.shape[2] != config.text_dim:
+            raise ValueError(f"context is {shape(context)}; expected ({batch}, at most {config.text_len}, {config.text_dim})")
+        y_shape = (batch, config.in_dim - config.out_dim, *x.shape[2:]) if config.in_dim > config.out_dim else None
+        if shape(y) != y_shape:
+            raise ValueError(f"the condition y is {shape(y)}; this {config.model_type} model with x {shape(x)} takes {y_shape}")
+        clip_shape = (batch, config.image_pos_len or 257, config.image_dim) if config.image_dim else None
+        if shape(clip_features) != clip_shape:
+            raise ValueError(f"clip_features are {shape(clip_features)}; this {config.model_type} model takes {clip_shape}")
+
+    def trunk(self, x, timestep, context, y=None, clip_features=None):
+        """
+        Everything before the head (another head on the same features, such as a preference score, starts from here).
+        Returns tokens (B,L,D), time_emb (U,D), time_index (B,1) or (B,L), the row of time_emb that each token has.
+        """
+        self.check_inputs(x, timestep, context, y, clip_features)
+        dtype = self.patch_embedding.weight.dtype                        # of the matrices
+        x = x if y is None else torch.cat([x, y.to(x.dtype)], dim=1)
+        x = self.patch_embedding(x.to(dtype))                            # (B, D, f, h, w)
+        cos, sin = rope_table(x.shape[2:], self.config.dim // self.config.num_heads, x.device)
+        x = rearrange(x, "b d f h w -> b (f h w) d").to(torch.promote_types(dtype, torch.float32))
+
+        if timestep.ndim == 1:
+            time_index = torch.arange(len(timestep), device=timestep.device)[:, None]        # (B, 1): one timestep for a whole video
+        else:
+            timestep, time_index = timestep.unique(return_inverse=True)  # (U,), (B, L): [B,L,6,D] would be gigabytes for two timesteps
+        time_emb = self.time_embedding(timestep_embedding(timestep, self.config.freq_dim).to(x.dtype))      # (U, D)
+        time_mod = self.time_projection(time_emb).unflatten(1, (6, -1))  # (U, 6, D)
+
+        context = F.pad(context, (0, 0, 0, self.config.text_len - context.shape[1])).to(dtype)
+        context = self.text_embedding(context)                           # (B, text_len, D)
+        if clip_features is not None:
+            context = torch.cat([self.img_emb(clip_features.to(dtype)), context], dim=1)
+
+        for block in self.blocks:
+            x = block(x, context, time_mod, time_index, cos, sin)
+        return x, time_emb, time_index
+
+    def forward(self, x, timestep, context, y=None, clip_features=None):
+        """
+        x             (B, C, F, H, W)          noisy latents
+        timestep      (B,) or per token (B,L)  1000 * sigma, in [0, 1000]; float32, as bf16 has steps of 4 there
+        context       (B, T, text_dim)         text embeddings, T <= text_len; the rest is filled with zeros, which the model does attend
+        y             (B, in_dim - C, F, H, W) image condition, mask channels first (i2v, flf2v)
+        clip_features (B, 257, image_dim)      of the image (Wan2.1 i2v); first and last image in a row, (B, 514, image_dim), for flf2v
+        Returns the velocity noise - latents (B, C, F, H, W), float32.
+        """
+        tokens, time_emb, time_index = self.trunk(x, timestep, context, y, clip_features)
+        tokens = self.head(tokens, time_emb, time_index)                 # (B, L, pf*ph*pw*C)
+        (f, h, w), (pf, ph, pw) = x.shape[2:], self.config.patch_size
+        return rearrange(tokens, "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)",            # channels are innermost
+                         f=f // pf, h=h // ph, w=w // pw, pf=pf, ph=ph, pw=pw)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# weights on disk
+
+WEIGHTS = "diffusion_pytorch_model"
+COMFYUI_PREFIX = "model.diffusion_model."
+
+DIFFUSERS_NAMES = {                   # original -> diffusers; only names differ, never a shape or an order
+    "patch_embedding": "patch_embedding",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
+    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
+    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
+    "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
+    "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
+    "head.head": "proj_out",
+    "head.modulation": "scale_shift_table",
+    "blocks.*.modulation": "blocks.*.scale_shift_table",
+    "blocks.*.norm3": "blocks.*.norm2",              # the only LayerNorm with weights: third in the original's list, second in the block
+    "blocks.*.ffn.0": "blocks.*.ffn.net.0.proj",
+    "blocks.*.ffn.2": "blocks.*.ffn.net.2",
+}
+for ours, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2")):
+    for layer, name in dict(q="to_q", k="to_k", v="to_v", o="to_out.0", norm_q="norm_q", norm_k="norm_k",
+                            k_img="add_k_proj", v_img="add_v_proj", norm_k_img="norm_added_k").items():
+        DIFFUSERS_NAMES[f"blocks.*.{ours}.{layer}"] = f"blocks.*.{theirs}.{name}"
+ORIGINAL_NAMES = {theirs: ours for ours, theirs in DIFFUSERS_NAMES.items()}
+DIFFUSERS_FIELDS = {                  # WanConfig -> diffusers' config.json
+    "num_heads": "num_attention_heads", "in_dim": "in_channels", "out_dim": "out_channels",
+    **{name: name for name in ("ffn_dim", "num_layers", "text_dim", "text_len", "freq_dim", "patch_size", "eps")}}
+
+
+def rename(name, table):
+    """blocks.3.ffn.0.weight -> what the table has for blocks.*.ffn.0; a name that is not in the table stays as it is."""
+    block, stem, leaf = re.fullmatch(r"(blocks\.\d+\.)?(.*?)(\.weight|\.bias)?", name).groups("")
+    new = table.get("blocks.*." + stem if block else stem)
+    return name if new is None else new.replace("blocks.*.", block) + leaf
+
+
+def expected_shapes(config):
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in WanModel(config).state_dict().items()}
+
+
+def check_shapes(shapes, config, where):
+    """shapes {our name: shape} must be exactly those of config; `where(name)` says which file a name is in."""
+    expected = expected_shapes(config)
+    wrong = [name for name in expected | shapes if shapes.get(name) != expected.get(name)]
+    if wrong:
+        preset = next((preset for preset, known in CONFIGS.items() if known == config), config)
+        raise ValueError(f"{where(wrong[0])}: tensor {wrong[0]} is {shapes.get(wrong[0], 'missing')}, expected "
+                         f"{expected.get(wrong[0], 'no such tensor')} in {preset}; {len(wrong)} tensors of {len(expected)} differ")
+
+
+def open_safetensors(file):
+    try:
+        return safe_open(file, "pt")
+    except SafetensorError as error:
+        raise ValueError(f"{file}: not a whole safetensors file ({error}); copy or download it again") from error
+
+
+def read_json(file):
+    try:
+        return json.loads(file.read_text())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"{file}: not JSON ({error})") from error
+
+
+def find_weights(path):
+    """A file, or a folder (or its transformer/) with one file or with shards and their index -> {tensor name in the file: file}."""
+    path = Path(path)
+    if path.is_file():
+        return dict.fromkeys(open_safetensors(path).keys(), path)
+    if not path.is_dir():
+        raise ValueError(f"{path}: no such file or folder")
+    for high, low in (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model")):
+        if (path / low).is_dir():
+            raise ValueError(f"{path} holds two experts: give {path / high} (high noise) or {path / low} (low noise)")
+    if (path / "transformer").is_dir():
+        path = path / "transformer"
+
+    indices, files = sorted(path.glob("*.safetensors.index.json")), sorted(path.glob("*.safetensors"))
+    if len(files) == 1 and not indices:
+        return dict.fromkeys(open_safetensors(files[0]).keys(), files[0])
+    if len(indices) != 1:
+        raise ValueError(f"{path}: expected one .safetensors file, or shards with one .safetensors.index.json; found {len(files)} and "
+                         f"{len(indices)} (pickled weights, .pth or .bin, are not read)")
+    weight_map = read_json(indices[0]).get("weight_map")
+    if not weight_map:
+        raise ValueError(f"{indices[0]}: no weight_map, so not the index of a safetensors checkpoint")
+    for shard in sorted(set(weight_map.values())):
+        if not (path / shard).is_file():
+            raise ValueError(f"{indices[0]} names {shard}, which is not there: the copy or download is not complete")
+        absent = {name for name in weight_map if weight_map[name] == shard} - set(open_safetensors(path / shard).keys())
+        if absent:
+            raise ValueError(f"{path / shard}: no tensor {min(absent)}, though {indices[0].name} says so")
+    return {name: path / shard for name, shard in weight_map.items()}
+
+
+def read_settings(file):
+    """What config.json beside the weights, or the header of a single file by save_wan, says -> {field of WanConfig or model_type: value}, source."""
+    header = open_safetensors(file).metadata() or {}
+    source = file.parent / "config.json"
+    if "wan_config" in header:
+        found, source = json.loads(header["wan_config"]), file
+    else:
+        found = read_json(source) if source.is_file() else {}
+        if found.get("_class_name") not in ("WanModel", "WanTransformer3DModel"):
+            return {}, file                                              # single files lie among other models' files
+    if "num_attention_heads" in found:                                   # diffusers' words
+        found["dim"] = found["num_attention_heads"] * found["attention_head_dim"]
+        found |= {ours: found[theirs] for ours, theirs in DIFFUSERS_FIELDS.items() if theirs in found}
+    if "patch_size" in found:
+        found["patch_size"] = tuple(found["patch_size"])
+    return {name: found[name] for name in ("model_type", *WanConfig.__dataclass_fields__) if name in found}, source
+
+
+def open_wan(path, config=None):
+    """
+    Find the weights at `path` without reading them: an original or diffusers folder (whole or sharded), the parent of a diffusers
+    transformer/, or a single file with either names, with or without ComfyUI's prefix.
+    Returns config, {our parameter name: lazy slice}; a slice has get_shape(), and [a:b] reads only these rows. The variant comes from
+    config.json and the tensors; ValueError where they differ from each other or from `config`, and where a tensor is missing, left over or
+    of another shape. A single file has no config.json: its variant is `config`, or else the preset that has exactly its tensors.
+    """
+    files = find_weights(path)
+    handles = {file: open_safetensors(file) for file in set(files.values())}
+    diffusers = any(name.startswith("condition_embedder.") for name in files)
+    tensors, where = {}, {}                                              # by our names
+    for name, file in files.items():
+        tensor = handles[file].get_slice(name)
+        if tensor.get_dtype() not in ("F64", "F32", "F16", "BF16") or re.search("scale_weight|scale_input|weight_scale", name):
+            raise ValueError(f"{file}: {name} is {tensor.get_dtype()}: 8-bit and scaled files are for inference, their scales are not "
+                             "applied here and their steps are too coarse to train from; use the bf16, fp16 or fp32 file")
+        ours = rename(name, ORIGINAL_NAMES) if diffusers else name.removeprefix(COMFYUI_PREFIX)
+        if not ours.endswith("attn2.norm_added_q.weight"):               # in some old diffusers files; no code uses it
+            tensors[ours], where[ours] = tensor, file
+    shapes = {name: tuple(tensor.get_shape()) for name, tensor in tensors.items()}
+
+    settings, source = read_settings(next(iter(handles)))
+    model_type = settings.pop("model_type", None)
+    if settings:
+        settings["image_dim"] = shapes.get("img_emb.proj.0.weight", (0,))[0]                 # the CLIP branch is in no original config.json:
+        settings["image_pos_len"] = shapes.get("img_emb.emb_pos", (1, 0))[1]                 # Wan2.1 and 2.2 i2v have the same one
+        unsaid = {"dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim"} - settings.keys()
+        if unsaid:
+            raise ValueError(f"{source}: no {', '.join(sorted(unsaid))}; not the config.json of a Wan video model")
+        found = WanConfig(**settings)
+    else:
+        found = config or next((preset for preset in CONFIGS.values() if expected_shapes(preset) == shapes), None)
+        if found is None:
+            raise ValueError(f"{path}: no config.json of a Wan model, and the {len(shapes)} tensors ({', '.join(sorted(shapes)[:3])}, ...) are "
+                             f"not those of {', '.join(CONFIGS)}")
+    if config not in (None, found):
+        field = next(field for field, value in vars(config).items() if value != getattr(found, field))
+        raise ValueError(f"{source}: {field} is {getattr(found, field)}, expected {getattr(config, field)} in the model asked for")
+    check_shapes(shapes, found, lambda name: where.get(name, path))
+    if model_type not in (None, found.model_type):
+        raise ValueError(f"{source}: model_type is {model_type}, but the tensors beside it are those of {found.model_type}")
+    return found, tensors
+
+
+def load_wan(path, config=None, dtype=torch.float32):
+    """A WanModel with the weights at `path` (see open_wan), all of them as `dtype`, on the CPU."""
+    config, tensors = open_wan(path, config)
+    with torch.device("meta"):
+        model = WanModel(config)
+    model.load_state_dict({name: tensor[:].to(dtype) for name, tensor in tensors.items()}, strict=True, assign=True)
+    return model
+
+
+def public_config(config, format):
+    """-> config.json as the official or the diffusers class reads it."""
+    if format == "original":                                             # knows the image branch by model_type
+        settings = {"_class_name": "WanModel", "model_type": config.model_type} | asdict(config)
+        del settings["image_dim"], settings["image_pos_len"]
+        return settings
+    settings = {"_class_name": "WanTransformer3DModel"} | {theirs: getattr(config, ours) for ours, theirs in DIFFUSERS_FIELDS.items()}
+    if config.text_len == 512:
+        del settings["text_len"]                                         # diffusers does not know it and warns
+    return settings | {
+        "attention_head_dim": config.dim // config.num_heads, "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads",
+        "rope_max_seq_len": 1024, "image_dim": config.image_dim or None, "added_kv_proj_dim": config.dim if config.image_dim else None,
+        "pos_embed_seq_len": config.image_pos_len or None}
+
+
+def save_wan(model, path, format="original", config=None, dtype=None, max_shard_bytes=10 * 2**30):
+    """
+    Write the weights of `model`, a WanModel or a state dict with its `config`, as the public formats have them:
+
+        original, diffusers   folder `path` with config.json and one file, or shards of at most max_shard_bytes and their index
+        comfyui               single file `path`
+
+    dtype None keeps each tensor's. Weights that stand at `path` already are replaced, other files there are left alone. Everything is
+    written under temporary names before the first file is replaced.
+    """
+    path, config, state = Path(path), config or model.config, model.state_dict() if isinstance(model, nn.Module) else model
+    renamed = {"original": lambda name: name, "comfyui": lambda name: COMFYUI_PREFIX + name, "diffusers": lambda name: rename(name, DIFFUSERS_NAMES)}
+    if format not in renamed:
+        raise ValueError(f"format is {format!r}, expected one of {', '.join(renamed)}")
+    check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, config, lambda name: f"{path} (nothing was written)")
+
+    nbytes = {name: tensor.numel() * (dtype or tensor.dtype).itemsize for name, tensor in state.items()}
+    shards = [[]]                                                        # of our names
+    for name in state:
+        if shards[-1] and sum(nbytes[other] for other in shards[-1]) + nbytes[name] > max_shard_bytes and format != "comfyui":
+            shards.append([])
+        shards[-1].append(name)
+
+    texts, header = {}, {"format": "pt"}
+    if format == "comfyui":
+        files, old = [path], []
+        header["wan_config"] = json.dumps(asdict(config))
+    else:
+        files, old = [path / f"{WEIGHTS}.safetensors"], list(path.glob(f"{WEIGHTS}*"))
+        texts[path / "config.json"] = public_config(config, format)
+    if len(shards) > 1:
+        files = [path / f"{WEIGHTS}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+        weight_map = {renamed[format](name): file.name for file, shard in zip(files, shards) for name in shard}
+        texts[path / f"{WEIGHTS}.safetensors.index.json"] = {"metadata": {"total_size": sum(nbytes.values())}, "weight_map": weight_map}
+
+    files[0].parent.mkdir(parents=True, exist_ok=True)
+    temporary = {file: file.with_name(file.name + ".tmp") for file in (*files, *texts)}
+    for file, shard in zip(files, shards):
+        tensors = {renamed[format](name): state[name].detach().to("cpu", dtype, copy=True).contiguous() for name in shard}
+        temporary[file].touch()
+        mode = temporary[file].stat().st_mode
+        save_file(tensors, temporary[file], metadata=header)
+        temporary[file].chmod(mode)                                      # as the umask says; some safetensors make files for the owner only
+    for file, text in texts.items():
+        temporary[file].write_text(json.dumps(text, indent=2))
+    for file in set(old) - set(temporary.values()):                      # shards of another number, what a killed run left
+        file.unlink()
+    for file in temporary:
+        os.replace(temporary[file], file)

@@ -1,0 +1,200 @@
+"""
+Samplers, and their command line: videos of prompts, and the losing half of GT-Pairs.
+
+    python sample.py --prompts "small red circle moving fast left" --init toy_base --out samples
+    torchrun --nproc_per_node=8 sample.py --pairs DATA --init MODEL        # DATA/real/*.safetensors -> DATA/negatives/*.safetensors
+"""
+import argparse
+import hashlib
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import toy
+from data import contact_sheet, read_header, read_sample, sample_files, write_sample
+from losses import shift_sigma
+from model import load_wan, open_wan
+
+
+def sigma_grid(steps, flow_shift):
+    """The steps + 1 sigmas of a sampler, from 1 to 0: the uniform grid 1 - i / steps, shifted. (steps + 1,) float32."""
+    return shift_sigma(torch.linspace(1, 0, steps + 1, dtype=torch.float64), flow_shift).float()
+
+
+def seed_of(*parts):
+    """A seed from anything printable, the same on every machine: sha256, 63 bits."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
+
+
+@torch.no_grad()
+def generate(model, context, seeds, shape, steps, flow_shift, guidance, negative=None, **conditions):
+    """
+    Euler along the flow with classifier-free guidance.
+
+        v = v_negative + guidance * (v_positive - v_negative);   x <- x + (sigma_next - sigma) * v
+
+    context: list of B tensors (T, D); negative: context (T, D) of the unconditional branch, by default no rows (zeros, as for an empty caption).
+    seeds: B integers, one noise each, so a video does not depend on the batch it was made in. shape (C, F, H, W). guidance 1: one forward a step.
+    conditions: what the variant needs beside the text, (B, ...) each. Returns latents (B, C, F, H, W) float32 on the model's device.
+    """
+    device = next(model.parameters()).device
+    negative = torch.zeros(0, context[0].shape[1]) if negative is None else negative
+    rows = list(context) + ([negative] * len(context) if guidance != 1 else [])
+    padded = torch.zeros(len(rows), max(1, *(len(row) for row in rows)), rows[0].shape[1])         # (B or 2B, T, D)
+    for i, row in enumerate(rows):
+        padded[i, :len(row)] = row
+    padded = padded.to(device)
+    x = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(device)
+    repeat = 2 if guidance != 1 else 1
+    conditions = {name: torch.cat([value] * repeat).to(device) for name, value in conditions.items()}
+    sigmas = sigma_grid(steps, flow_shift)
+    for sigma, sigma_next in zip(sigmas[:-1].tolist(), sigmas[1:].tolist()):
+        timestep = torch.full((len(rows),), 1000 * sigma, device=device)
+        v = model(torch.cat([x] * repeat), timestep, padded, **conditions)
+        if guidance != 1:
+            v_positive, v_negative = v.chunk(2)
+            v = v_negative + guidance * (v_positive - v_negative)
+        x = x + (sigma_next - sigma) * v
+    return x
+
+
+def weights_digest(path):
+    """Twelve hexadecimal digits that name the weights at path: sha256 of the sizes, headers and ends of its files (whole files where small)."""
+    digest = hashlib.sha256()
+    files = [Path(path)] if Path(path).is_file() else sorted(Path(path).rglob("*.safetensors"))
+    for file in files:
+        size = file.stat().st_size
+        with open(file, "rb") as handle:
+            digest.update(str(size).encode() + handle.read(2 ** 24))
+            handle.seek(max(0, size - 2 ** 20))
+            digest.update(handle.read())
+    return digest.hexdigest()[:12]
+
+
+def make_negatives(model, model_name, folder, name="negatives", per_sample=1, seed=0, steps=20, flow_shift=3.0, guidance=2.0, batch_size=64,
+                   rank=0, world=1):
+    """
+    The losing half of GT-Pairs: for every folder/real/STEM.safetensors the model's own clip of the same caption, as folder/NAME/STEM.safetensors
+    (NAME_1, NAME_2 ... for more per sample). Each file's noise depends on (seed, stem, k) only, so any number of ranks makes the same files.
+
+    Files that are there are kept: a killed run goes on where it stopped, and files appear whole. Returns how many this rank made.
+    Raises ValueError if a file that is there was made with other settings.
+    """
+    settings = {"model": model_name, "seed": str(seed), "steps": str(steps), "flow_shift": str(flow_shift), "guidance": str(guidance)}
+    todo = []
+    for path in sample_files(Path(folder) / "real"):
+        for k in range(per_sample):
+            target = Path(folder) / (name if k == 0 else f"{name}_{k}") / path.name
+            if target.exists():
+                found = {key: read_header(target)["metadata"].get(key) for key in settings}
+                if found != settings:
+                    raise ValueError(f"{target} was made with {found}, but now {settings} is asked for; "
+                                     f"give these negatives another --name, or delete that folder")
+            else:
+                todo.append((path, target, k))
+    mine = todo[rank::world]
+    bar = tqdm(total=len(mine), desc=f"negatives ({world} ranks)" if world > 1 else "negatives", unit="clip", disable=rank != 0 or not mine)
+    for start in range(0, len(mine), batch_size):
+        part = mine[start:start + batch_size]
+        reals = [read_sample(path) for path, _, _ in part]
+        shape = reals[0]["latents"].shape
+        for (path, _, _), real in zip(part, reals):
+            if real["latents"].shape != shape:
+                raise ValueError(f"{path}: latents are {tuple(real['latents'].shape)}, those of {part[0][0]} are {tuple(shape)}; "
+                                 f"use --batch_size 1 for clips of several sizes")
+        conditions = {key: torch.stack([real[key] for real in reals]) for key in reals[0] if key not in ("latents", "context", "metadata")}
+        seeds = [seed_of(seed, path.stem, k) for path, _, k in part]
+        latents = generate(model, [real["context"].float() for real in reals], seeds, shape, steps, flow_shift, guidance, **conditions).cpu()
+        for (path, target, k), real, value, noise_seed in zip(part, reals, latents, seeds):
+            kept = {key: real["metadata"][key] for key in ("prompt", "encoder", "fps") if key in real["metadata"]}
+            metadata = settings | kept | {"source": f"generated for {path.name}", "noise_seed": str(noise_seed)}
+            write_sample(target, value.to(real["latents"].dtype), real["context"], metadata)
+        bar.update(len(part))
+    bar.close()
+    return len(mine)
+
+
+def parse_args(argv):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    p.add_argument("--init", default="toy_base", help="weights: an original or diffusers folder, or a single file")
+    # what to make
+    p.add_argument("--prompts", nargs="+", default=[], help="prompts, or one .txt file with a prompt a line")
+    p.add_argument("--pairs", default="", help="folder with real/*.safetensors: make a negative for each")
+    # prompts
+    p.add_argument("--out", default="samples", help="folder for the videos of --prompts")
+    p.add_argument("--size", type=int, nargs=4, default=[toy.CHANNELS, toy.FRAMES, toy.SIDE // toy.BLOCK, toy.SIDE // toy.BLOCK],
+                   metavar=("C", "F", "H", "W"), help="latents of --prompts")
+    p.add_argument("--fps", type=int, default=8, help="of the mp4 files")
+    # pairs
+    p.add_argument("--name", default="negatives", help="folder of the negatives; must start with 'negatives'")
+    p.add_argument("--per_sample", type=int, default=1, help="negatives for every real sample")
+    # sampler
+    p.add_argument("--steps", type=int, default=20)
+    p.add_argument("--flow_shift", type=float, default=3.0)
+    p.add_argument("--guidance", type=float, default=2.0, help="classifier-free guidance; 1 switches it off")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--batch_size", type=int, default=64)
+    return p.parse_args(argv)
+
+
+def read_prompts(prompts):
+    """The prompts themselves, or the lines of the one .txt file that is named. Raises ValueError where there are none."""
+    if len(prompts) == 1 and prompts[0].endswith(".txt"):
+        if not Path(prompts[0]).exists():
+            raise ValueError(f"--prompts {prompts[0]}: no such file")
+        prompts = [line.strip() for line in Path(prompts[0]).read_text().splitlines() if line.strip()]
+        if not prompts:
+            raise ValueError("--prompts: the file has no line with a prompt")
+    return prompts
+
+
+def main(args):
+    if bool(args.prompts) == bool(args.pairs):
+        raise ValueError("give either --prompts or --pairs")
+    if not args.name.startswith("negatives") or "/" in args.name:
+        raise ValueError(f"--name {args.name}: expected a folder name that starts with 'negatives', where training looks for losers")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))              # ranks work alone here: no process group
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    config, _ = open_wan(args.init)
+    model = load_wan(args.init, dtype=torch.bfloat16 if cuda else torch.float32).to(device).eval().requires_grad_(False)
+
+    if args.pairs:
+        made = make_negatives(model, weights_digest(args.init), args.pairs, args.name, args.per_sample, args.seed, args.steps, args.flow_shift,
+                              args.guidance, args.batch_size, rank, world)
+        print(f"rank {rank}: {made} negatives made in {args.pairs}", flush=True)
+        return
+
+    if config.text_dim != toy.TEXT_DIM:
+        raise ValueError(f"--prompts knows the embedded world's text codec (width {toy.TEXT_DIM}) only, and {args.init} takes text of width "
+                         f"{config.text_dim}; encode prompts to samples first and use --pairs")
+    from encode import write_video
+    prompts = read_prompts(args.prompts)
+    out = Path(args.out)
+    out.mkdir(parents=True, exist_ok=True)
+    videos = []
+    for start in tqdm(range(rank * args.batch_size, len(prompts), world * args.batch_size), desc="videos", disable=rank != 0):
+        part = list(enumerate(prompts))[start:start + args.batch_size]
+        seeds = [seed_of(args.seed, i) for i, _ in part]
+        context = [toy.encode_text(prompt) for _, prompt in part]
+        latents = generate(model, context, seeds, tuple(args.size), args.steps, args.flow_shift, args.guidance).cpu()
+        for (i, prompt), value, row, seed in zip(part, latents, context, seeds):
+            write_sample(out / f"{i:05d}.safetensors", value, row, {"prompt": prompt, "noise_seed": str(seed), "source": f"generated by {args.init}"})
+            video = toy.decode_pixels(value).clamp(-1, 1)
+            write_video(out / f"{i:05d}.mp4", video, args.fps)
+            videos.append(video)
+    if rank == 0:
+        contact_sheet(out / "contact_sheet.png", videos[:32])
+        (out / "prompts.json").write_text(json.dumps(prompts, indent=1))
+        print(f"{len(prompts)} videos and contact_sheet.png in {out}")
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args(sys.argv[1:]))
+    except ValueError as error:
+        sys.exit(f"sample.py: {error}")

@@ -1,0 +1,173 @@
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import sample
+import toy
+from data import open_data, read_sample, write_sample
+from model import CONFIGS, WanModel, save_wan
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    torch.manual_seed(0)
+    model = WanModel(CONFIGS["tiny"])
+    torch.nn.init.normal_(model.head.head.weight, std=0.05)
+    folder = tmp_path_factory.mktemp("base")
+    save_wan(model, folder)
+    return folder, model.eval()
+
+
+@pytest.fixture
+def pairs(tmp_path):
+    for i in range(10):
+        g = torch.Generator().manual_seed(i)
+        write_sample(tmp_path / "real" / f"{i:02d}.safetensors", torch.randn(12, 2, 4, 4, generator=g), toy.encode_text(toy.CAPTIONS[i]),
+                     {"prompt": toy.CAPTIONS[i], "encoder": "pixel", "fps": "8"})
+    return tmp_path
+
+
+class PointMass(torch.nn.Module):
+    """The exact velocity of data that is one point: v = (x - point) / sigma. With a context, another point."""
+    def __init__(self):
+        super().__init__()
+        self.point = torch.nn.Parameter(torch.full((1, 2, 1, 1, 1), 3.0))
+
+    def forward(self, x, timestep, context):
+        shift = context.sum(dim=(1, 2)).view(-1, 1, 1, 1, 1)
+        return (x - self.point - shift) / (timestep / 1000).view(-1, 1, 1, 1, 1)
+
+
+def test_the_sigma_grid_is_the_shifted_uniform_one():
+    # 4 steps, shift 3: u = 1, 3/4, 1/2, 1/4, 0 -> 3u / (1 + 2u) = 1, 0.9, 0.75, 0.5, 0
+    assert torch.allclose(sample.sigma_grid(4, 3.0), torch.tensor([1, 0.9, 0.75, 0.5, 0.0]))
+
+
+@pytest.mark.parametrize("steps", [1, 7])
+def test_euler_ends_on_the_data_whatever_the_number_of_steps(steps):
+    x = sample.generate(PointMass(), [torch.zeros(1, 4)] * 2, [1, 2], (2, 3, 4, 5), steps, 3.0, 1.0)
+    assert torch.allclose(x, torch.full((2, 2, 3, 4, 5), 3.0), atol=1e-5)
+
+
+def test_euler_converges_to_the_exact_path_of_a_gaussian():
+    # data N(0, 0.5^2): v = x * (sigma - 0.25 (1 - sigma)) / (sigma^2 + 0.25 (1 - sigma)^2); the flow keeps x / std(sigma), so x ends at 0.5 * noise
+    class Gaussian(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.p = torch.nn.Parameter(torch.zeros(1))
+        def forward(self, x, timestep, context):
+            s = (timestep / 1000).view(-1, 1, 1, 1, 1)
+            return x * (s - 0.25 * (1 - s)) / (s ** 2 + 0.25 * (1 - s) ** 2)
+    noise = torch.randn((1, 2, 2, 2), generator=torch.Generator().manual_seed(5))
+    errors = [(sample.generate(Gaussian(), [torch.zeros(1, 4)], [5], (1, 2, 2, 2), steps, 1.0, 1.0)[0] - 0.5 * noise).norm() / noise.norm() for steps in (20, 40, 80)]
+    assert errors[2] < 0.01 and errors[0] / errors[1] == pytest.approx(2, rel=0.15) and errors[1] / errors[2] == pytest.approx(2, rel=0.15)     # first order
+
+
+def test_guidance_moves_from_the_unconditional_to_beyond_the_conditional():
+    # conditional points 3 + 2, unconditional 3: guidance g ends at 3 + 2 g
+    context = [torch.full((2, 4), 0.25)]
+    for guidance in (0.0, 1.0, 2.5):
+        x = sample.generate(PointMass(), context, [0], (2, 1, 2, 2), 5, 1.0, guidance)
+        assert torch.allclose(x, torch.full_like(x, 3 + 2 * guidance), atol=1e-4)
+    negative = torch.full((1, 4), -0.25)                                       # its own point: 3 - 1; 2 + 2 * (5 - 2)
+    x = sample.generate(PointMass(), context, [0], (2, 1, 2, 2), 5, 1.0, 2.0, negative=negative)
+    assert torch.allclose(x, torch.full_like(x, 8.0), atol=1e-4)
+
+
+def test_a_video_does_not_depend_on_the_batch_it_is_made_in(base):
+    context = [toy.encode_text(caption) for caption in ("red", "a large blue square", "")]
+    together = sample.generate(base[1], context, [7, 8, 9], (12, 2, 4, 4), 3, 3.0, 2.0)
+    for i in range(3):
+        alone = sample.generate(base[1], context[i:i + 1], [7 + i], (12, 2, 4, 4), 3, 3.0, 2.0)
+        assert torch.allclose(alone[0], together[i], atol=1e-4)
+    assert not torch.allclose(together[0], together[1], atol=0.1)
+
+
+def test_negatives_pair_with_their_real_sample_and_say_how_they_were_made(base, pairs):
+    assert sample.make_negatives(base[1], "m", pairs, per_sample=2, steps=2, batch_size=4) == 20
+    found = open_data(pairs, pairs=True)
+    assert len(found) == 20
+    one, other = read_sample(pairs / "negatives" / "03.safetensors"), read_sample(pairs / "negatives_1" / "03.safetensors")
+    real = read_sample(pairs / "real" / "03.safetensors")
+    assert torch.equal(one["context"], real["context"]) and not torch.equal(one["latents"], other["latents"])
+    assert one["metadata"]["prompt"] == toy.CAPTIONS[3] and one["metadata"]["encoder"] == "pixel" and one["metadata"]["noise_seed"] != other["metadata"]["noise_seed"]
+    again = sample.generate(base[1], [real["context"]], [int(one["metadata"]["noise_seed"])], (12, 2, 4, 4), 2, 3.0, 2.0)
+    assert torch.allclose(again[0], one["latents"], atol=1e-4)                 # the recorded seed makes the same clip again
+
+
+def test_any_number_of_ranks_makes_the_same_files_once(base, pairs, tmp_path_factory):
+    made = [sample.make_negatives(base[1], "m", pairs, steps=2, rank=0, world=1)]
+    alone = {p.name: read_sample(p)["latents"] for p in (pairs / "negatives").glob("*")}
+    for path in (pairs / "negatives").glob("*"):
+        path.unlink()
+    for rank in (2, 0, 1):
+        for path in (pairs / "negatives").glob("*"):
+            path.rename(pairs / path.name)                                     # as if the ranks ran at the same time, none seeing the others' files
+        made.append(sample.make_negatives(base[1], "m", pairs, steps=2, rank=rank, world=3))
+    assert made == [10, 3, 4, 3]
+    for path in list(pairs.glob("*.safetensors")) + list((pairs / "negatives").glob("*")):
+        assert torch.allclose(read_sample(path)["latents"], alone[path.name], atol=1e-4)
+
+
+def test_what_is_there_is_kept_and_other_settings_are_refused(base, pairs):
+    sample.make_negatives(base[1], "m", pairs, steps=2)
+    (pairs / "negatives" / "04.safetensors").unlink()
+    before = (pairs / "negatives" / "05.safetensors").stat().st_mtime_ns
+    assert sample.make_negatives(base[1], "m", pairs, steps=2) == 1
+    assert (pairs / "negatives" / "05.safetensors").stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="was made with .*'steps': '2'.*'steps': '3'.*another --name"):
+        sample.make_negatives(base[1], "m", pairs, steps=3)
+    with pytest.raises(ValueError, match="was made with"):
+        sample.make_negatives(base[1], "another model", pairs, steps=2)
+
+
+def test_a_killed_run_goes_on_where_it_stopped_and_leaves_no_half_file(base, pairs):
+    command = [sys.executable, str(ROOT / "sample.py"), "--init", str(base[0]), "--pairs", str(pairs), "--steps", "20", "--batch_size", "1"]
+    env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "1", "RANK": "0"}
+    process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    negatives, deadline = pairs / "negatives", time.time() + 60
+    while len(list(negatives.glob("*.safetensors"))) < 2 and time.time() < deadline and process.poll() is None:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    left = list(negatives.glob("[!.]*.safetensors"))
+    assert 2 <= len(left) < 10
+    for path in left:
+        read_sample(path)                                                      # whole
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0 and f"{10 - len(left)} negatives made" in done.stdout, done.stdout + done.stderr
+    assert len(open_data(pairs, pairs=True)) == 10
+
+
+def test_prompts_become_videos_a_sheet_and_samples(base, tmp_path):
+    pytest.importorskip("av", reason="mp4 files need PyAV (requirements-video.txt)")
+    (tmp_path / "prompts.txt").write_text("large red circle moving fast left\n\nsmall blue square moving slowly up\n")
+    sample.main(sample.parse_args(["--init", str(base[0]), "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "out"), "--steps", "2"]))
+    names = sorted(p.name for p in (tmp_path / "out").iterdir())
+    assert names == ["00000.mp4", "00000.safetensors", "00001.mp4", "00001.safetensors", "contact_sheet.png", "prompts.json"]
+    assert read_sample(tmp_path / "out" / "00001.safetensors")["metadata"]["prompt"] == "small blue square moving slowly up"
+
+
+@pytest.mark.parametrize("flags, words", [
+    ([], "either --prompts or --pairs"),
+    (["--prompts", "a", "--pairs", "b"], "either --prompts or --pairs"),
+    (["--pairs", "nowhere"], "nowhere/real: no such folder"),
+    (["--pairs", "x", "--name", "losers"], "--name losers.*starts with 'negatives'"),
+    (["--prompts", "nowhere.txt"], "nowhere.txt: no such file"),
+])
+def test_bad_flags_are_refused_with_what_to_do(base, flags, words):
+    with pytest.raises(ValueError, match=words):
+        sample.main(sample.parse_args(["--init", str(base[0]), *flags]))
+
+
+def test_a_missing_or_broken_model_is_named(tmp_path):
+    with pytest.raises(ValueError, match="nowhere"):
+        sample.main(sample.parse_args(["--init", "nowhere", "--prompts", "a"]))

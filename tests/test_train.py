@@ -1,0 +1,291 @@
+"""One curve, however it is cut; the objective of train.py against plain autograd; bad input."""
+import dataclasses
+import json
+import math
+import multiprocessing
+import os
+import shutil
+import socket
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import losses
+import train
+from data import draw, open_data, order, read_sample, write_sample
+from model import CONFIGS, WanModel, save_wan
+
+SHAPE = (12, 3, 4, 6)                                     # latents: 18 tokens
+PAIR_LOSSES = [loss for loss in train.LOSS_FLAGS if loss != "sft"]
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder with a small random model that does predict something, and 24 GT-Pairs."""
+    folder = tmp_path_factory.mktemp("world")
+    torch.manual_seed(0)
+    model = WanModel(CONFIGS["tiny"])
+    torch.nn.init.normal_(model.head.head.weight, std=0.05)
+    save_wan(model, folder / "base")
+    for i in range(24):
+        g = torch.Generator().manual_seed(i)
+        context = torch.randn(3 + i % 4, 32, generator=g)
+        for kind in ("real", "negatives"):
+            write_sample(folder / "data" / kind / f"{i:03d}.safetensors", torch.randn(SHAPE, generator=g), context, {"prompt": f"caption {i}"})
+    return folder
+
+
+POOLS = [ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) for _ in range(4)]    # one process a rank, started once, when first used
+
+
+def in_rank(rank, world_size, port, argv):
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    train.main(train.parse_args(argv))
+
+
+def run(world, out, *flags, ranks=1):
+    """Train on this many ranks. Returns the rows of the log, and the exported weights."""
+    argv = ["--init", str(world / "base"), "--data", str(world / "data"), "--out", str(out), "--batch_size", "8", "--steps", "6", "--learning_rate", "2e-4",
+            "--warmup_steps", "2", "--save_every", "3", "--max_grad_norm", "0.3", *flags]
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    for done in [POOLS[rank].submit(in_rank, rank, ranks, port, argv) for rank in range(ranks)]:
+        done.result(timeout=120)
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    return rows, load_file(out / "export" / "diffusion_pytorch_model.safetensors"), world / "base" / "diffusion_pytorch_model.safetensors"
+
+
+def same_run(mine, theirs, numbers=1e-3, weights=1e-4):
+    """The same losses, and the same final weights. What is compared is what training changed, too: equal starts must not hide unequal steps."""
+    assert [row["step"] for row in mine[0]] == [row["step"] for row in theirs[0]]
+    for a, b in zip(mine[0], theirs[0]):
+        for name in ("loss", "err_win", "grad_norm", "lr") + (("err_lose", "ref_err_win", "ref_err_lose", "c_win", "c_lose") if "c_win" in a else ()):
+            assert a[name] == pytest.approx(b[name], rel=numbers), (a["step"], name)
+    (a, b) = (torch.cat([run[1][name].flatten().double() for name in sorted(run[1])]) for run in (mine, theirs))
+    base = torch.cat([value.flatten().double() for _, value in sorted(load_file(theirs[2]).items())])
+    assert (a - b).norm() <= weights * b.norm()
+    assert 1e-4 * base.norm() < (b - base).norm() and (a - b).norm() <= 1e-2 * (b - base).norm()
+
+
+@pytest.fixture(scope="session")
+def one_rank(world, tmp_path_factory):
+    return run(world, tmp_path_factory.mktemp("one") / "out")
+
+
+def test_the_curve_moves_and_starts_at_log_2(one_rank):
+    rows = one_rank[0]
+    assert rows[0]["loss_dpo"] == pytest.approx(math.log(2), rel=1e-6)
+    assert rows[0]["margin_abs"] == 0 and rows[0]["accuracy"] == 0.5 and rows[0]["accuracy_strict"] == 0
+    assert rows[0]["dgr"] == 500 and rows[0]["c_win"] == 1000 and rows[0]["c_lose"] == 500          # r = dgr, beta 1000
+    assert rows[-1]["margin_abs"] > 0.1
+
+
+@pytest.mark.parametrize("ranks, flags", [
+    (2, ()), (4, ()), (1, ("--grad_accum", "2")), (2, ("--grad_accum", "4")), (1, ("--backward", "sequential")), (2, ("--backward", "pair")),
+    (4, ("--backward", "pair", "--grad_accum", "2")), (1, ("--checkpointing", "full")), (2, ("--checkpointing", "selective")), (2, ("--ref", "offload"))])
+def test_one_curve_however_it_is_cut(world, one_rank, tmp_path, ranks, flags):
+    same_run(run(world, tmp_path / "out", *flags, ranks=ranks), one_rank)
+
+
+@pytest.mark.parametrize("before, after", [(1, 1), (1, 2), (4, 1)])
+def test_a_run_that_stops_and_resumes_on_another_number_of_ranks_is_the_same_run(world, one_rank, tmp_path, before, after):
+    run(world, tmp_path / "out", "--steps", "3", ranks=before)
+    resumed = run(world, tmp_path / "out", "--resume", "latest", ranks=after)
+    same_run(resumed, one_rank)
+    if before == after == 1:                                                                        # and to the last bit on the same number
+        strip = lambda row: {k: v for k, v in row.items() if k not in ("seconds", "memory_gib", "tokens_per_second")}
+        assert [strip(row) for row in resumed[0]] == [strip(row) for row in one_rank[0]]
+        assert all(torch.equal(resumed[1][name], one_rank[1][name]) for name in one_rank[1])
+
+
+def test_resuming_from_an_older_step_rewrites_the_log_from_there(world, one_rank, tmp_path):
+    run(world, tmp_path / "out")
+    same_run(run(world, tmp_path / "out", "--resume", str(tmp_path / "out" / "step_000003")), one_rank)
+
+
+def test_sft_with_ema_and_dropped_captions_is_one_curve_too(world, tmp_path):
+    flags = ("--loss", "sft", "--ema_decay", "0.9", "--caption_dropout", "0.3", "--decay_steps", "3")
+    alone = run(world, tmp_path / "a", *flags)
+    same_run(run(world, tmp_path / "b", *flags, "--grad_accum", "2", ranks=2), alone)
+    plain = run(world, tmp_path / "c", "--loss", "sft", "--decay_steps", "3")
+    assert alone[0][0]["loss"] != plain[0][0]["loss"]                                               # dropped captions are seen
+    assert any(not torch.equal(alone[1][name], plain[1][name]) for name in plain[1])
+
+
+@pytest.mark.parametrize("loss", PAIR_LOSSES)
+def test_branch_by_branch_gradients_equal_those_of_the_loss_written_down_plainly(world, loss):
+    """backward_batch against the textbook: four errors, the loss of the batch, one backward. No coefficients, no surrogate."""
+    args = train.parse_args(["--loss", loss, "--min_timestep", "300"])
+    dataset = open_data(world / "data", pairs=True)
+    torch.manual_seed(1)
+    policy, ref = (WanModel(CONFIGS["tiny"]).double() for _ in range(2))
+    for model in (policy, ref):
+        torch.nn.init.normal_(model.head.head.weight, std=0.05)
+    ref.requires_grad_(False)
+    batch = {name: value.double() if torch.is_tensor(value) else value for name, value in train.read_batch(args, dataset, range(4), "cpu").items()}
+    args.beta = 20.0                                                                                # two random models are far apart; 1000 would saturate
+
+    def err(model, kind):
+        sigma = batch["sigma"].view(-1, 1, 1, 1, 1)
+        v = model((1 - sigma) * batch[kind] + sigma * batch["noise"], 1000 * batch["sigma"], batch["context"])
+        return ((v - (batch["noise"] - batch[kind])) ** 2).mean(dim=(1, 2, 3, 4)), v, batch["noise"] - batch[kind]
+
+    (win, v_win, t_win), (lose, v_lose, t_lose), (ref_win, _, _), (ref_lose, _, _) = (err(m, k) for m in (policy, ref) for k in ("win", "lose"))
+    safeguard = losses.safeguard_coefficient(v_win, t_win, v_lose, t_lose, args.mu)
+    plain, _ = train.pair_loss(args, win, lose, ref_win, ref_lose, batch["sigma"], safeguard)
+    expected = torch.autograd.grad(plain.sum(), list(policy.parameters()))
+    assert max(g.abs().max() for g in expected) > 1e-3
+    for how in ("joint", "sequential"):
+        args.backward = how
+        policy.zero_grad()
+        metrics = train.backward_batch(args, policy, ref, batch, 1.0, None)
+        assert torch.allclose(metrics["loss"], plain, rtol=1e-10)
+        for got, want in zip((p.grad for p in policy.parameters()), expected):
+            assert (got - want).norm() <= 1e-9 * want.norm() + 1e-13, how
+
+
+def test_dpo_cm_divides_by_the_pairs_it_keeps_over_all_ranks(world, tmp_path):
+    flags = ("--loss", "dpo_cm", "--threshold", "0.93", "--max_grad_norm", "1e9")
+    alone = run(world, tmp_path / "a", *flags)
+    assert 0 < alone[0][0]["kept"] < 1
+    assert alone[0][0]["loss"] == pytest.approx(math.log(2) * 1.0, rel=0.08)                        # a mean over kept pairs, whose weights are 0.93 to 1
+    same_run(run(world, tmp_path / "b", *flags, "--grad_accum", "2", ranks=2), alone)
+
+
+def test_the_log_has_every_key_that_others_read(one_rank):
+    rows = one_rank[0]
+    keys = ("step loss loss_dpo loss_sft margin accuracy win_gap lose_gap err_win err_lose ref_err_win ref_err_lose dgr c_win c_lose reward_win reward_lose "
+            "grad_norm lr seconds memory_gib tokens_per_second r").split()
+    assert not [key for key in keys if key not in rows[0]]
+    by_sigma = rows[1]["by_sigma"]
+    assert set(by_sigma) == {"err_win", "win_gap", "lose_gap", "margin", "accuracy"} and all(len(v) == 4 for v in by_sigma.values())
+
+
+def test_the_logged_errors_are_those_of_the_pairs_of_that_step(world, one_rank):
+    """Worked out from the data alone, without the trainer: which pairs, which sigma, which noise, what error."""
+    dataset = open_data(world / "data", pairs=True)
+    from model import load_wan
+    model, errors, bins = load_wan(world / "base"), [], [[] for _ in range(4)]
+    for position in range(8):
+        item = dataset[order(0, position, 24)]
+        sigma, noise = draw(0, position, SHAPE, 3.0, 0, 1000)
+        x = (1 - sigma) * item["win"] + sigma * noise
+        with torch.no_grad():
+            v = model(x[None], torch.tensor([1000 * sigma]), item["context"][None])[0]
+        errors.append(((v - (noise - item["win"])) ** 2).mean().item())
+        bins[min(3, int(sigma * 4))].append(errors[-1])
+    row = one_rank[0][0]
+    assert row["err_win"] == pytest.approx(sum(errors) / 8, rel=1e-5)
+    for got, want in zip(row["by_sigma"]["err_win"], bins):
+        assert got is None if not want else got == pytest.approx(sum(want) / len(want), rel=1e-5)
+
+
+def main_fails(world, tmp_path, *flags):
+    argv = ["--init", str(world / "base"), "--data", str(world / "data"), "--out", str(tmp_path / "out"), "--steps", "1", "--batch_size", "4", *flags]
+    with pytest.raises(ValueError) as error:
+        train.main(train.parse_args(argv))
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+    return str(error.value)
+
+
+@pytest.mark.parametrize("flags, words", [
+    (("--loss", "dpo", "--r", "50"), ["--r 50", "--loss dpo", "regdpo"]),
+    (("--loss", "regdpo", "--clip", "0.2"), ["--clip", "dpo_cm or sdpo"]),
+    (("--r", "much"), ["--r much", "'dgr' or a number"]),
+    (("--batch_size", "5", "--grad_accum", "2"), ["--batch_size 5", "1 data ranks x --grad_accum 2"]),
+    (("--data", "nowhere"), ["nowhere", "no such folder"]),
+    (("--init", "nowhere"), ["--init nowhere"]),
+    (("--init", "scratch"), ["--init scratch", "--loss sft"]),
+    (("--resume", "latest"), ["--resume latest", "no checkpoint"]),
+    (("--resume", "step_000007"), ["step_000007", "no whole checkpoint"]),
+    (("--model", "wan2.1-t2v-1.3b"), ["--model wan2.1-t2v-1.3b", "12 channels", "width 32", "16 and 4096"]),
+    (("--backward", "pair"), ["--backward pair", "even number"]),
+    (("--beta", "-1"), ["beta is -1"]),
+    (("--min_timestep", "900", "--max_timestep", "100"), ["--min_timestep 900"]),
+    (("--steps", "0"), ["--steps 0"]),
+    (("--loss", "sft", "--backward", "sequential"), ["--backward sequential"]),
+    (("--caption_dropout", "0.1"), ["--caption_dropout", "--loss sft"]),
+])
+def test_bad_flags_are_refused_with_the_flag_and_what_to_do(world, tmp_path, flags, words):
+    message = main_fails(world, tmp_path, *flags)
+    assert all(word in message for word in words), message
+
+
+def test_a_checkpoint_of_another_size_is_refused_before_anything_is_loaded(world, tmp_path):
+    save_wan(WanModel(dataclasses.replace(CONFIGS["tiny"], num_layers=2)), tmp_path / "small")
+    message = main_fails(world, tmp_path, "--init", str(tmp_path / "small"))
+    assert "num_layers" in message and "2" in message and "4" in message and not (tmp_path / "out").exists()
+
+
+def test_bad_data_is_named_before_training_and_nothing_is_written(world, tmp_path):
+    def copy():
+        shutil.rmtree(tmp_path / "data", ignore_errors=True)
+        shutil.copytree(world / "data", tmp_path / "data")
+        return tmp_path / "data"
+    data = copy()
+    sample = read_sample(data / "real" / "003.safetensors")
+    write_sample(data / "real" / "003.safetensors", sample["latents"][:, :2], sample["context"], sample["metadata"])
+    message = main_fails(world, tmp_path, "--data", str(data))
+    assert "003.safetensors: win is (12, 2, 4, 6) but lose is (12, 3, 4, 6)" in message
+    data = copy()
+    (data / "negatives" / "004.safetensors").write_bytes((data / "negatives" / "004.safetensors").read_bytes()[:-100])
+    assert "negatives/004.safetensors: not a whole safetensors file" in main_fails(world, tmp_path, "--data", str(data))
+    data = copy()
+    shutil.rmtree(data / "negatives")
+    assert "make negatives with: python sample.py --pairs" in main_fails(world, tmp_path, "--data", str(data))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_nan_in_a_sample_names_its_file_and_keeps_the_checkpoint(world, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(world / "data", data)
+    path = open_data(data, pairs=True).pairs[order(0, 8, 24)][0]                                    # position 8: read in step 1, not in step 0
+    bad = load_file(path)
+    bad["latents"][0, 0, 0, 0] = float("nan")
+    save_file(bad, path, metadata=read_sample(world / "data" / "real" / Path(path).name)["metadata"])
+    with pytest.raises(ValueError, match=Path(path).name + ".*latents has 1 of .* NaN"):
+        run(world, tmp_path / "out", "--data", str(data), "--save_every", "1")
+    assert (tmp_path / "out" / "latest").read_text() == "step_000001\n"
+
+
+def test_a_run_is_not_overwritten_without_being_asked(world, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "log.jsonl").write_text('{"step": 0}\n')
+    message = main_fails(world, tmp_path)
+    assert "already holds a run" in message and (tmp_path / "out" / "log.jsonl").read_text() == '{"step": 0}\n'
+
+
+def test_resuming_with_other_numbers_is_refused_and_leaves_the_run_alone(world, tmp_path):
+    run(world, tmp_path / "out", "--steps", "3")
+    before = (tmp_path / "out" / "log.jsonl").read_text()
+    message = main_fails(world, tmp_path, "--batch_size", "8", "--steps", "6", "--warmup_steps", "2", "--max_grad_norm", "0.3", "--learning_rate", "5e-4", "--resume", "latest")
+    assert "learning_rate = 0.0002" in message and "learning_rate = 0.0005" in message
+    assert (tmp_path / "out" / "log.jsonl").read_text() == before
+
+
+def test_an_unknown_preset_or_flag_names_the_choices(capsys):
+    for argv, word in ((["--model", "wan9"], "wan2.1-t2v-14b"), (["--loss", "regpdo"], "regdpo"), (["--betta", "3"], "--betta"), (["--batch", "3"], "--batch")):
+        with pytest.raises(SystemExit):
+            train.parse_args(argv)
+        assert word in capsys.readouterr().err
+
+
+def test_a_reference_that_is_not_the_policy_stops_the_run_at_step_0(world, tmp_path, monkeypatch):
+    build = train.build_model
+    def spoiled(args, config, mesh, checkpointing="off", offload=False):
+        model = build(args, config, mesh, checkpointing, offload)
+        if checkpointing == "selective":                                                            # the policy
+            with torch.no_grad():
+                model.head.head.bias.to_local().add_(0.05)
+        return model
+    monkeypatch.setattr(train, "build_model", spoiled)
+    argv = ["--init", str(world / "base"), "--data", str(world / "data"), "--out", str(tmp_path / "out"), "--steps", "1", "--batch_size", "4", "--checkpointing", "selective"]
+    with pytest.raises(RuntimeError, match="same numerical path"):
+        train.main(train.parse_args(argv))
+    torch.distributed.destroy_process_group()

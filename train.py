@@ -1,0 +1,526 @@
+"""
+Preference post-training of Wan video models, offline objectives: one file, one loop.
+
+    python train.py                                              # Reg-DPO on GT-Pairs in the embedded world, on a laptop
+    torchrun --nproc_per_node=8 train.py --loss regdpo           # the same on 8 ranks, the same curve
+    torchrun --nproc_per_node=8 train.py --loss regdpo --model wan2.1-t2v-1.3b --init DIR --data DIR --learning_rate 1e-6 --warmup_steps 50
+"""
+import argparse
+import json
+import math
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+import losses
+import toy
+from data import collate, contact_sheet, draw, open_data, order, randomness, write_sample
+from fsdp_utils import (checkpoint_blocks, clip_gradients, ema_update, exchange_branches, find_checkpoint, full_weights, load_checkpoint, load_weights,
+                        save_checkpoint, shard_model, start_ranks, total)
+from losses import add_noise, flow_error, importance_weight, next_sigma, safeguard_coefficient, velocity_target
+from model import CONFIGS, WanModel, open_wan, save_wan
+from sample import generate, make_negatives, seed_of, weights_digest
+
+HERE = Path(__file__).resolve().parent
+# Which flags belong to which loss; setting one that the loss does not read is an error, not a silent wish.
+LOSS_FLAGS = {"sft": [], "dpo": ["beta"], "regdpo": ["beta", "r", "r_scale", "r_min"],
+              "dpo_cm": ["beta", "threshold", "clip", "weight_steps"], "sdpo": ["beta", "clip", "weight_steps"],
+              "ipo": ["tau"], "dpop": ["beta", "penalty"], "diffusion_sdpo": ["beta", "mu"], "linear_dpo": ["beta", "eta"]}
+
+
+def parse_args(argv):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    # what
+    p.add_argument("--loss", default="regdpo", choices=LOSS_FLAGS, help="sdpo is arXiv 2505.21893 (importance weights), diffusion_sdpo 2511.03317 (safeguard)")
+    p.add_argument("--model", default="tiny", choices=CONFIGS)
+    p.add_argument("--init", default="toy_base", help="weights to start from, which are also the reference; 'scratch' for random ones")
+    p.add_argument("--data", default="toy", help="'toy' (made on first use), a folder with real/ and negatives*/, or a .jsonl of pairs")
+    p.add_argument("--out", default="out/{loss}", help="the run's folder")
+    p.add_argument("--seed", type=int, default=0, help="of order, sigma and noise")
+    # the objective
+    p.add_argument("--beta", type=float, default=1000.0, help="multiplies a mean squared error; no extra 1/2 (Salesforce's 5000 is 2500 here)")
+    p.add_argument("--r", default="dgr", help="weight of Reg-DPO's SFT term: 'dgr', or a fixed number")
+    p.add_argument("--r_scale", type=float, default=1.0, help="r = max(r_scale * dgr, r_min)")
+    p.add_argument("--r_min", type=float, default=0.0)
+    p.add_argument("--threshold", type=float, default=0.9, help="dpo_cm drops pairs whose importance weight is lower")
+    p.add_argument("--clip", type=float, default=0.1, help="importance weights are clipped to [1 - clip, 1 + clip]")
+    p.add_argument("--weight_steps", type=int, default=50, help="steps of the sampler whose stride the importance weight is for")
+    p.add_argument("--tau", type=float, default=50.0, help="ipo aims at a margin of 1 / (2 tau)")
+    p.add_argument("--penalty", type=float, default=5.0, help="dpop: of a win that got worse")
+    p.add_argument("--mu", type=float, default=0.9, help="diffusion_sdpo: how much of the win's descent is guaranteed")
+    p.add_argument("--eta", type=float, default=1e-3, help="linear_dpo: smallest weight")
+    p.add_argument("--flow_shift", type=float, default=3.0, help="of the sigmas trained on, and of the sampler here")
+    p.add_argument("--min_timestep", type=float, default=0.0, help="0..1000, after the shift")
+    p.add_argument("--max_timestep", type=float, default=1000.0)
+    p.add_argument("--caption_dropout", type=float, default=0.0, help="sft: share of empty captions, which classifier-free guidance needs")
+    # the optimizer
+    p.add_argument("--steps", type=int, default=400)
+    p.add_argument("--batch_size", type=int, default=16, help="pairs a step over all ranks and accumulation steps together must not change a curve: see --grad_accum")
+    p.add_argument("--grad_accum", type=int, default=1)
+    p.add_argument("--learning_rate", type=float, default=2e-4)
+    p.add_argument("--weight_decay", type=float, default=1e-3)
+    p.add_argument("--warmup_steps", type=int, default=20)
+    p.add_argument("--decay_steps", type=int, default=0, help="the last steps, over which the learning rate falls to 0")
+    p.add_argument("--max_grad_norm", type=float, default=1.0)
+    p.add_argument("--loss_scale", type=float, default=0.0, help="multiplies the loss for backward only; 0: 1 / beta where there is a beta, else 1")
+    p.add_argument("--ema_decay", type=float, default=0.0, help="0: no average is kept; otherwise it is what is sampled and exported")
+    # memory
+    p.add_argument("--backward", default="joint", choices=["joint", "sequential", "pair"], help="one graph | one branch at a time | one branch a rank")
+    p.add_argument("--ref", default="live", choices=["live", "offload"], help="where the frozen reference lives: sharded beside the policy, or on the CPU")
+    p.add_argument("--checkpointing", default="off", choices=["off", "selective", "full"])
+    # the run's folder
+    p.add_argument("--save_every", type=int, default=200)
+    p.add_argument("--keep", type=int, default=2, help="checkpoints that stay")
+    p.add_argument("--resume", default="", help="a step folder, or 'latest'")
+    p.add_argument("--log_every", type=int, default=10, help="steps between printed lines; log.jsonl has every step")
+    p.add_argument("--export_dtype", default="float32", choices=["float32", "bfloat16"])
+    # the embedded world
+    p.add_argument("--toy_clips", type=int, default=512, help="real clips made for --data toy")
+    p.add_argument("--sample_every", type=int, default=0, help="steps between evaluations; there is one before and one after in any case")
+    p.add_argument("--eval_clips", type=int, default=256, help="held-out captions sampled in an evaluation; 0 for none")
+    p.add_argument("--sample_steps", type=int, default=20)
+    p.add_argument("--guidance", type=float, default=2.0)
+    args = p.parse_args(argv)
+    args.defaults = {name: p.get_default(name) for name in vars(args)}
+    return args
+
+
+def check_args(args, ranks):
+    """Everything that can be known to be wrong before anything is loaded. Raises ValueError. Fills in what follows from other flags."""
+    every = {flag for flags in LOSS_FLAGS.values() for flag in flags}
+    for flag in sorted(every - set(LOSS_FLAGS[args.loss])):
+        if getattr(args, flag) != args.defaults[flag]:
+            users = " or ".join(loss for loss, flags in LOSS_FLAGS.items() if flag in flags)
+            raise ValueError(f"--{flag} {getattr(args, flag)} does nothing in --loss {args.loss}; it belongs to --loss {users}")
+    if args.r != "dgr":
+        try:
+            args.r = float(args.r)
+        except ValueError:
+            raise ValueError(f"--r {args.r}: expected 'dgr' or a number") from None
+    for flag in ("steps", "batch_size", "grad_accum", "keep", "save_every", "log_every", "sample_steps", "toy_clips"):
+        if getattr(args, flag) < 1:
+            raise ValueError(f"--{flag} {getattr(args, flag)}: expected at least 1")
+    if args.batch_size % (ranks.data_ranks * args.grad_accum):
+        raise ValueError(f"--batch_size {args.batch_size} pairs do not divide over {ranks.data_ranks} data ranks x --grad_accum {args.grad_accum}; "
+                         f"take a multiple of {ranks.data_ranks * args.grad_accum}")
+    if args.loss == "sft" and args.backward != "joint":
+        raise ValueError(f"--backward {args.backward} is about the two branches of a pair; --loss sft has one")
+    if args.loss == "diffusion_sdpo" and args.backward == "pair":
+        raise ValueError("--loss diffusion_sdpo needs both outputs on one rank; use --backward joint or sequential")
+    if args.caption_dropout and args.loss != "sft":
+        raise ValueError("--caption_dropout is for --loss sft; a preference loss would compare captions that the clip was not made for")
+    if args.sample_every and args.data != "toy":
+        raise ValueError("--sample_every evaluates in the embedded world (--data toy); for other data run sample.py on the export")
+    args.out = Path(str(args.out).replace("{loss}", args.loss))
+    if (args.out / "log.jsonl").exists() and not args.resume:
+        raise ValueError(f"{args.out} already holds a run; go on with it (--resume latest), or choose another --out")
+    if args.init != "scratch" and not Path(args.init).exists():
+        if not (HERE / args.init).exists():
+            raise ValueError(f"--init {args.init}: no such file or folder; give a Wan checkpoint, or 'scratch' with --loss sft")
+        args.init = str(HERE / args.init)
+    if args.init == "scratch" and args.loss != "sft":
+        raise ValueError(f"--init scratch with --loss {args.loss}: a preference needs a model that already generates; train one with --loss sft first")
+    args.loss_scale = args.loss_scale or (1 / args.beta if "beta" in LOSS_FLAGS[args.loss] else 1.0)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# models
+
+def build_model(args, config, mesh, checkpointing="off", offload=False):
+    """The DiT with the weights of --init, sharded over all ranks; each rank reads its own rows only."""
+    if args.init == "scratch":
+        torch.manual_seed(args.seed)                                          # every rank draws the same whole model, then keeps its shard
+        model = WanModel(config).to(mesh.device_type)
+    else:
+        _, tensors = open_wan(args.init, config)                              # strict: names, shapes and sizes are compared here
+        with torch.device("meta"):
+            model = WanModel(config)
+    checkpoint_blocks(model, checkpointing)
+    shard_model(model, mesh, offload)
+    if args.init != "scratch":
+        model.to_empty(device="cpu" if offload else mesh.device_type)
+        load_weights(model, tensors)
+    return model
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# one micro-batch
+
+def read_batch(args, dataset, positions, device):
+    """The pairs at these positions of the run, with the sigma and the noise of each: functions of (seed, position), nothing else."""
+    items = [dataset[order(args.seed, position, len(dataset))] for position in positions]
+    draws = [draw(args.seed, p, item["win"].shape, args.flow_shift, args.min_timestep, args.max_timestep) for p, item in zip(positions, items)]
+    for position, item in zip(positions, items):
+        if torch.rand((), generator=randomness(args.seed, position, "dropout")) < args.caption_dropout:
+            item["context"] = item["context"][:0]
+    batch = collate(items)
+    batch["sigma"] = torch.tensor([sigma for sigma, _ in draws])              # (B,)
+    batch["noise"] = torch.stack([noise for _, noise in draws])               # (B, C, F, H, W)
+    return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
+
+
+def branch(batch, *names):
+    """The inputs of one branch ("win" or "lose"), or of several behind each other in one batch, with the same sigma, noise and context for each."""
+    shared = {name: torch.cat([value] * len(names)) for name, value in batch.items() if torch.is_tensor(value) and name not in ("win", "lose")}
+    return shared | {"latents": torch.cat([batch[name] for name in names])}
+
+
+def flow_errors(model, inputs):
+    """Run the model on noised latents. Returns errors (B,) float32, v_pred and v_target (B, C, F, H, W)."""
+    conditions = {name: value for name, value in inputs.items() if name not in ("latents", "sigma", "noise", "context")}
+    x_sigma = add_noise(inputs["latents"], inputs["noise"], inputs["sigma"])
+    v_target = velocity_target(inputs["latents"], inputs["noise"])
+    v_pred = model(x_sigma, 1000 * inputs["sigma"], inputs["context"], **conditions)
+    return flow_error(v_pred, v_target), v_pred, v_target
+
+
+def pair_loss(args, err_win, err_lose, ref_err_win, ref_err_lose, sigma, safeguard):
+    """The objective that --loss names: errors (B,) -> losses (B,), metrics {name: (B,)}."""
+    errors = (err_win, err_lose, ref_err_win, ref_err_lose)
+    if args.loss == "dpo":
+        return losses.dpo_loss(*errors, args.beta)
+    if args.loss == "regdpo":
+        return losses.regdpo_loss(*errors, args.beta, None if args.r == "dgr" else args.r, args.r_scale, args.r_min)
+    if args.loss == "ipo":
+        return losses.ipo_loss(*errors, args.tau)
+    if args.loss == "dpop":
+        return losses.dpop_loss(*errors, args.beta, args.penalty)
+    if args.loss == "linear_dpo":
+        return losses.linear_dpo_loss(*errors, args.beta, args.eta)
+    if args.loss == "diffusion_sdpo":
+        return losses.diffusion_sdpo_loss(*errors, args.beta, safeguard)
+    sigma_next = next_sigma(sigma, args.weight_steps, args.flow_shift)
+    weight_win, weight_lose = importance_weight(err_win, sigma, sigma_next), importance_weight(err_lose, sigma, sigma_next)
+    if args.loss == "dpo_cm":
+        return losses.dpo_cm_loss(*errors, args.beta, weight_win, weight_lose, args.threshold, args.clip)
+    assert args.loss == "sdpo", args.loss
+    return losses.sdpo_loss(*errors, args.beta, weight_win, weight_lose, args.clip)
+
+
+def coefficients(args, err_win, err_lose, ref_err_win, ref_err_lose, sigma, safeguard=None):
+    """
+    Every offline objective has the gradient c_win * d err_win - c_lose * d err_lose, and autograd gives the two numbers from the four errors alone.
+
+    So the branches can be back-propagated together, one after the other, or on two ranks, with one and the same gradient.
+    Returns c_win, c_lose (B,), metrics {name: (B,)}.
+    """
+    err_win, err_lose = err_win.detach().requires_grad_(), err_lose.detach().requires_grad_()
+    with torch.enable_grad():
+        loss, metrics = pair_loss(args, err_win, err_lose, ref_err_win, ref_err_lose, sigma, safeguard)
+        c_win, c_lose = torch.autograd.grad(loss.sum(), (err_win, err_lose))
+    metrics |= {"loss": loss.detach(), "err_win": err_win.detach(), "err_lose": err_lose.detach(), "ref_err_win": ref_err_win,
+                "ref_err_lose": ref_err_lose, "c_win": c_win, "c_lose": -c_lose}
+    return c_win, -c_lose, metrics | diagnostics(metrics)
+
+
+def diagnostics(m):
+    """What the four errors say beside the loss (how to read it: README). m {name: (B,)} -> {name: (B,)}; a mean over pairs makes fractions of them."""
+    right = (m["margin"] > 0).float()
+    return {"accuracy_strict": right, "margin_abs": m["margin"].abs(), "saturated": (m["margin"].abs() > 5).float(),
+            "win_ratio": m["err_win"] / m["ref_err_win"], "lose_ratio": m["err_lose"] / m["ref_err_lose"], "drift": (m["win_gap"] + m["lose_gap"]) / 2,
+            "win_gap_positive": (m["win_gap"] > 0).float(), "win_worse_though_right": right * (m["win_gap"] > 0),
+            "loser_driven": right * (m["lose_gap"] > -m["win_gap"])}
+
+
+def backward_batch(args, policy, ref, batch, scale, ranks):
+    """
+    Errors, loss and gradient of one micro-batch of pairs. scale multiplies the sum over its pairs. Returns metrics {name: (B,)}.
+
+    joint       both branches in one forward and one graph
+    sequential  one branch's activations at a time, for one more forward of the loser: 11 forwards instead of 10
+    pair        this rank has one branch, its partner the other; they exchange two numbers a pair
+    """
+    if args.loss == "sft":
+        err, _, _ = flow_errors(policy, branch(batch, "win"))
+        loss, metrics = losses.sft_loss(err)
+        (scale * loss.sum()).backward()
+        return metrics | {"loss": loss.detach(), "err_win": err.detach()}
+
+    if args.backward == "joint":
+        inputs = branch(batch, "win", "lose")
+        with torch.no_grad():
+            ref_err_win, ref_err_lose = flow_errors(ref, inputs)[0].chunk(2)
+        err, v_pred, v_target = flow_errors(policy, inputs)
+        err_win, err_lose = err.chunk(2)
+        (v_win, v_lose), (target_win, target_lose) = v_pred.detach().chunk(2), v_target.chunk(2)
+        safeguard = safeguard_coefficient(v_win, target_win, v_lose, target_lose, args.mu) if args.loss == "diffusion_sdpo" else None
+        c_win, c_lose, metrics = coefficients(args, err_win, err_lose, ref_err_win, ref_err_lose, batch["sigma"], safeguard)
+        (scale * (c_win * err_win - c_lose * err_lose).sum()).backward()
+
+    elif args.backward == "sequential":
+        win, lose = branch(batch, "win"), branch(batch, "lose")
+        with torch.no_grad():
+            ref_err_win, ref_err_lose = flow_errors(ref, win)[0], flow_errors(ref, lose)[0]
+            err_lose, v_lose, target_lose = flow_errors(policy, lose)
+        err_win, v_win, target_win = flow_errors(policy, win)
+        safeguard = safeguard_coefficient(v_win, target_win, v_lose, target_lose, args.mu) if args.loss == "diffusion_sdpo" else None
+        c_win, c_lose, metrics = coefficients(args, err_win, err_lose, ref_err_win, ref_err_lose, batch["sigma"], safeguard)
+        (scale * (c_win * err_win).sum()).backward()
+        del err_win, v_win                                                    # the winner's graph goes before the loser's comes
+        err_lose, _, _ = flow_errors(policy, lose)
+        (-scale * (c_lose * err_lose).sum()).backward()
+
+    else:
+        inputs = branch(batch, ("win", "lose")[ranks.branch])
+        with torch.no_grad():
+            ref_err, _, _ = flow_errors(ref, inputs)
+        err, _, _ = flow_errors(policy, inputs)
+        (err_win, ref_err_win), (err_lose, ref_err_lose) = exchange_branches(torch.stack([err.detach(), ref_err]), ranks.pair_group)
+        c_win, c_lose, metrics = coefficients(args, err_win, err_lose, ref_err_win, ref_err_lose, batch["sigma"])
+        (scale * ((c_win, -c_lose)[ranks.branch] * err).sum()).backward()
+    return metrics
+
+
+BINS = 4                                                                      # of sigma, for the curves by noise level
+BINNED = ("err_win", "win_gap", "lose_gap", "margin", "accuracy")
+
+
+def add_up(sums, metrics, sigma):
+    """Add one micro-batch's metrics (B,) to the running sums {name: float}, overall and by bin of sigma."""
+    bins = (sigma * BINS).long().clamp(max=BINS - 1)
+    for name, values in (metrics | {"pairs": torch.ones_like(sigma)}).items():
+        sums[name] = sums.get(name, 0.0) + values.sum().item()
+        if name in BINNED or name == "pairs":
+            for i in range(BINS):
+                sums[f"{name}/{i}"] = sums.get(f"{name}/{i}", 0.0) + values[bins == i].sum().item()
+
+
+def summarise(sums, device):
+    """Sums of every rank -> means over all pairs of the step, in one all-reduce. Curves by sigma become lists under "by_sigma" (null where no pair fell)."""
+    names = sorted(sums)
+    sums = dict(zip(names, total([sums[name] for name in names], device)))
+    row = {name: value / sums["pairs"] for name, value in sums.items() if "/" not in name}
+    row["by_sigma"] = {name: [sums[f"{name}/{i}"] / sums[f"pairs/{i}"] if sums[f"pairs/{i}"] else None for i in range(BINS)]
+                       for name in BINNED if name in sums}
+    if "kept" in sums:                                                        # dpo_cm averages over the pairs it kept
+        row["loss"] *= sums["pairs"] / max(1, sums["kept"])
+    return row, sums
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# the embedded world
+
+def make_world(args, config, ranks):
+    """
+    The default --data: real clips of the embedded world and, for a loss on pairs, the base model's own clips of the same captions. Made once.
+
+    Returns the folder. Real clips hang on their number only and negatives on the base's weights too, hence the name.
+    """
+    pairs = args.loss != "sft"
+    folder = Path("data") / (f"toy_{args.toy_clips}" + (f"_{weights_digest(args.init)}_g{args.guidance:g}_s{args.sample_steps}" if pairs else ""))
+    if ranks.rank == 0:
+        captions = None
+        for i in range(args.toy_clips):                                       # file by file: a run that was killed here goes on
+            path = folder / "real" / f"{i:05d}.safetensors"
+            if not path.exists():
+                captions, videos = (captions, videos) if captions else toy.make_clips(args.toy_clips, seed=0)
+                write_sample(path, toy.encode_pixels(videos[i]), toy.encode_text(captions[i]), {"prompt": captions[i], "source": "embedded world"})
+    dist.barrier()
+    if pairs:
+        from model import load_wan                                            # whole on every rank: each makes its own share of the clips
+        model = load_wan(args.init, config).to(ranks.device).eval().requires_grad_(False)
+        make_negatives(model, weights_digest(args.init), folder, steps=args.sample_steps, flow_shift=args.flow_shift, guidance=args.guidance,
+                       rank=ranks.rank, world=ranks.world)
+        dist.barrier()
+    return folder
+
+
+def sample_held_out(args, model, ranks):
+    """Clips of held-out captions, the same seeds whatever the model. Every rank makes its share. Returns captions, videos (N, 3, 8, 32, 32) on the CPU."""
+    captions, _ = toy.make_clips(args.eval_clips, seed=1, held_out=True)
+    share = -(-len(captions) // ranks.world)                                  # a sharded model needs equally many forwards on every rank
+    mine = [(ranks.rank + i * ranks.world) % len(captions) for i in range(share)]
+    latents = []
+    for start in range(0, share, 64):
+        part = mine[start:start + 64]
+        latents.append(generate(model, [toy.encode_text(captions[i]) for i in part], [seed_of("held out", i) for i in part],
+                                (toy.CHANNELS, toy.FRAMES, toy.SIDE // toy.BLOCK, toy.SIDE // toy.BLOCK), args.sample_steps, args.flow_shift, args.guidance))
+    latents = torch.cat(latents)
+    everyone = [torch.empty_like(latents) for _ in range(ranks.world)]
+    dist.all_gather(everyone, latents)
+    latents = torch.stack(everyone, dim=1).flatten(0, 1)[:len(captions)]      # rank by rank -> the order of the captions
+    return captions, toy.decode_pixels(latents.cpu()).clamp(-1, 1)
+
+
+def print_table(marks):
+    """marks {row title: {metric: float}}: the exact metrics of the embedded world, one row each."""
+    names = list(next(iter(marks.values())))
+    print(f"\n{'held-out captions':<20}" + "".join(f"{name:>12}" for name in names))
+    for title, row in marks.items():
+        print(f"{title:<20}" + "".join(f"{row[name]:>12.3f}" for name in names))
+    print("better is:          " + "".join(f"{'higher' if name in ('colour', 'shape', 'direction') else 'lower':>12}" for name in names), flush=True)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+
+def main(args):
+    # ---------------- ranks
+    ranks = start_ranks(pair=args.backward == "pair")
+    check_args(args, ranks)
+    talk = print if ranks.rank == 0 else lambda *a, **k: None
+    config = CONFIGS[args.model]
+    needs_pairs = args.loss != "sft"
+
+    # ---------------- data
+    toy_world = args.data == "toy"
+    if toy_world and (config.text_dim, config.in_dim) != (toy.TEXT_DIM, toy.CHANNELS):
+        raise ValueError(f"--model {args.model} with --data toy: the embedded world is for the tiny model; name a folder of encoded samples with --data")
+    dataset = open_data(make_world(args, config, ranks) if toy_world else args.data, needs_pairs)
+    first = dataset[0]
+    if first["win"].shape[0] != config.out_dim or first["context"].shape[1] != config.text_dim:
+        raise ValueError(f"{first['name']}: latents have {first['win'].shape[0]} channels and text width {first['context'].shape[1]}; "
+                         f"--model {args.model} takes {config.out_dim} and {config.text_dim}: encode for this model, or name another --model")
+
+    # ---------------- models
+    policy = build_model(args, config, ranks.mesh, args.checkpointing)
+    ref = build_model(args, config, ranks.mesh, offload=args.ref == "offload").eval().requires_grad_(False) if needs_pairs else None
+    ema = build_model(args, config, ranks.mesh).eval().requires_grad_(False) if args.ema_decay else None
+
+    # ---------------- optimizer
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
+
+    def learning_rate(step):
+        warm = min(1.0, (step + 1) / max(1, args.warmup_steps))
+        return args.learning_rate * min(warm, (args.steps - step) / args.decay_steps if args.decay_steps else 1.0)
+
+    # ---------------- resume
+    # what decides the numbers of a run, and so must not change on resume; ranks, accumulation, memory flags and steps may
+    fixed = {name: getattr(args, name) for name in ("loss", "model", "seed", "batch_size", "learning_rate", "weight_decay", "warmup_steps", "decay_steps",
+             "max_grad_norm", "loss_scale", "ema_decay", "flow_shift", "min_timestep", "max_timestep", "caption_dropout", *LOSS_FLAGS[args.loss])}
+    fixed |= {"init": "scratch" if args.init == "scratch" else weights_digest(args.init), "pairs": len(dataset)}
+    if args.decay_steps:
+        fixed["steps"] = args.steps
+    start = 0
+    log_path = args.out / "log.jsonl"
+    if args.resume:
+        start = load_checkpoint(find_checkpoint(args.out, args.resume), policy, optimizer, ema, fixed)
+    if ranks.rank == 0:
+        args.out.mkdir(parents=True, exist_ok=True)
+        flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name != "defaults"}
+        (args.out / "config.json").write_text(json.dumps(flags | {"ranks": ranks.world, "torch": torch.__version__}, indent=1))
+        rows = [line for line in log_path.read_text().splitlines() if json.loads(line)["step"] < start] if args.resume and log_path.exists() else []
+        log_path.write_text("".join(row + "\n" for row in rows))              # steps after the checkpoint will be done again
+    dist.barrier()
+
+    # ---------------- what will happen
+    parameters = sum(p.numel() for p in policy.parameters())
+    per_rank = args.batch_size // (ranks.data_ranks * args.grad_accum)
+    tokens = math.prod(n // p for n, p in zip(first["win"].shape[1:], config.patch_size))
+    gib = lambda copies: copies * 4 * parameters / ranks.world / 2 ** 30
+    talk(f"{args.model}: {parameters:,} parameters, {ranks.world} rank{'s' * (ranks.world > 1)} on {ranks.device.type}, torch {torch.__version__}")
+    talk(f"memory per rank: weights {gib(1):.3f} GiB, gradients {gib(1):.3f}, AdamW {gib(2):.3f}, "
+         f"reference {gib(1) if needs_pairs else 0:.3f}{' (CPU)' if args.ref == 'offload' else ''}, ema {gib(1) if ema is not None else 0:.3f}; activations on top")
+    talk(f"{len(dataset):,} {'pairs' if needs_pairs else 'samples'} in {dataset_name(args)}, latents {tuple(first['win'].shape)} = {tokens:,} tokens, context {tuple(first['context'].shape)}"
+         + (f"; {len(dataset.unpaired)} real samples have no negative and are left out" if needs_pairs and dataset.unpaired else ""))
+    talk(f"a step: {args.batch_size} pairs = {ranks.data_ranks} data ranks x {args.grad_accum} accumulation x {per_rank}; "
+         f"steps {start} to {args.steps} = {(args.steps - start) * args.batch_size / len(dataset):.1f} epochs; log in {log_path}")
+
+    marks = {}
+    if toy_world and args.eval_clips:
+        _, held_out = toy.make_clips(args.eval_clips, seed=1, held_out=True)
+        yardstick = toy.decode_pixels(toy.encode_pixels(toy.make_clips(512, seed=2)[1]))         # real clips, as the codec shows them
+
+    def evaluate(title, model):
+        captions, videos = sample_held_out(args, model, ranks)
+        if ranks.rank == 0:
+            marks[title] = toy.score(videos, captions, yardstick)
+            print(f"{title}: " + ", ".join(f"{name} {value:.3f}" for name, value in marks[title].items()), flush=True)
+        return videos
+
+    def picture(path, videos):
+        clips = sheets + [videos]                                             # real, before (unless from scratch), now; the same captions and seeds
+        contact_sheet(path, [clip[i] for i in range(8) for clip in clips], upscale=3, group=len(clips))
+
+    sheets = [held_out] if toy_world and args.eval_clips else []
+    if toy_world and args.eval_clips and args.init != "scratch":
+        sheets += [evaluate("before", ref if ref is not None else build_model(args, config, ranks.mesh))]
+
+    # ---------------- the loop
+    scale = args.loss_scale * ranks.world / args.batch_size                   # FSDP averages over all ranks; a step is the mean over its pairs
+    skipped = 0
+    for step in range(start, args.steps):
+        began = time.perf_counter()
+        sums = {}
+        for micro in range(args.grad_accum):
+            begin = step * args.batch_size + (micro * ranks.data_ranks + ranks.data_rank) * per_rank
+            batch = read_batch(args, dataset, range(begin, begin + per_rank), ranks.device)
+            metrics = backward_batch(args, policy, ref, batch, scale, ranks)
+            add_up(sums, metrics, batch["sigma"])
+        row, counts = summarise(sums, ranks.device)
+
+        if needs_pairs and step == 0 and row["margin_abs"] > 1e-3:
+            raise RuntimeError(f"policy and reference are the same weights at step 0, but their margins differ by {row['margin_abs']:.2g} on average: they do "
+                               f"not take the same numerical path, so every later margin would be wrong by as much. First loss {row['loss']:.6f}, not log 2")
+
+        kept = counts["pairs"] / max(1, counts["kept"]) if "kept" in counts else 1.0
+        row["grad_norm"] = clip_gradients(list(policy.parameters()), args.max_grad_norm, kept)
+        row["lr"] = learning_rate(step)
+        for group in optimizer.param_groups:
+            group["lr"] = row["lr"]
+        if math.isfinite(row["grad_norm"]):
+            skipped = 0
+            optimizer.step()
+            if ema is not None:
+                ema_update(ema, policy, min(args.ema_decay, (step + 1) / (step + 10)))
+        else:
+            skipped += 1
+            if skipped == 10:
+                raise RuntimeError(f"10 steps in a row gave no finite gradient; the last batch was {', '.join(batch['names'])}. "
+                                   f"The last good checkpoint is {args.out}/latest; lower --learning_rate or --beta and resume")
+        optimizer.zero_grad()
+
+        row = {"step": step, **row, "skipped": skipped, "seconds": time.perf_counter() - began}
+        row["memory_gib"] = (torch.cuda.max_memory_allocated() if ranks.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2 ** 30
+        row["tokens_per_second"] = args.batch_size * tokens * (2 if needs_pairs else 1) / row["seconds"]
+        if ranks.rank == 0:
+            with open(log_path, "a") as log:
+                log.write(json.dumps({name: round_number(value) for name, value in row.items() if name != "pairs"}) + "\n")
+            if step % args.log_every == 0 or step == args.steps - 1:
+                shown = [name for name in ("loss", "accuracy", "margin", "win_gap", "lose_gap", "dgr", "err_win", "kept", "grad_norm", "seconds") if name in row]
+                print(f"step {step:>5}  " + "  ".join(f"{name} {row[name]:.4g}" for name in shown), flush=True)
+
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            save_checkpoint(args.out, step + 1, policy, optimizer, ema, fixed, args.keep)
+        if args.sample_every and (step + 1) % args.sample_every == 0 and step + 1 < args.steps and args.eval_clips:
+            videos = evaluate(f"step {step + 1}", policy if ema is None else ema)
+            if ranks.rank == 0:
+                picture(args.out / "samples" / f"step_{step + 1:06d}.png", videos)
+
+    # ---------------- what came out
+    weights = full_weights(policy if ema is None else ema)
+    if ranks.rank == 0:
+        save_wan(weights, args.out / "export", config=config, dtype=getattr(torch, args.export_dtype))
+        print(f"weights in {args.out / 'export'}")
+    if toy_world and args.eval_clips:
+        videos = evaluate("after", policy if ema is None else ema)
+        if ranks.rank == 0:
+            picture(args.out / "samples" / "after.png", videos)
+            (args.out / "samples" / "marks.json").write_text(json.dumps(marks, indent=1))
+            print_table(marks | {"real clips": toy.score(toy.decode_pixels(toy.encode_pixels(held_out)), toy.make_clips(args.eval_clips, 1, True)[0], yardstick)})
+            print(f"picture (per held-out caption: real, before, after) in {args.out / 'samples' / 'after.png'}")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def dataset_name(args):
+    return "the embedded world" if args.data == "toy" else args.data
+
+
+def round_number(value):
+    """Six digits are more than a curve shows and halve the log."""
+    if isinstance(value, dict):
+        return {name: round_number(v) for name, v in value.items()}
+    if isinstance(value, list):
+        return [round_number(v) for v in value]
+    return float(f"{value:.7g}") if isinstance(value, float) else value
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args(sys.argv[1:]))
+    except ValueError as error:
+        sys.exit(f"train.py: {error}")
