@@ -7,6 +7,7 @@ float32 shards; on GPUs the matrices compute in bf16, gathered block by block, a
 import json
 import os
 import shutil
+import warnings
 from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,6 +21,9 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+# the head's output is a view of its Linear's; nothing here changes an output in place
+warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+
 # ------------------------------------------------------------------------------------------------------------------
 # ranks
 
@@ -29,13 +33,17 @@ def start_ranks(pair=False):
 
     pair: ranks 2k and 2k+1 share their pairs, the first runs the winners and the second the losers.
     Returns a namespace: rank, world, device, mesh (1-D over all ranks, for FSDP), data_rank, data_ranks (who sees which pairs), pair_group, branch (0 win, 1 lose).
-    Raises ValueError for an odd number of ranks with pair.
+    Raises ValueError for an odd number of ranks with pair, and for more ranks than GPUs.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
     if pair and world % 2:
         raise ValueError(f"--backward pair puts the two branches of a pair on two ranks and needs an even number of them; torchrun started {world}")
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    if cuda and local >= torch.cuda.device_count():
+        raise ValueError(f"torchrun started more ranks on this machine than its {torch.cuda.device_count()} GPUs; "
+                         f"use --nproc_per_node={torch.cuda.device_count()}, or CUDA_VISIBLE_DEVICES= to run on CPUs")
+    device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
@@ -102,6 +110,7 @@ def shard_model(model, mesh, offload=False):
 
     On GPUs weights are gathered in bf16, those of the timestep path and the head in float32; gradients are reduced in float32. cast_forward_inputs=False: by default FSDP would cast the residual
     stream, the modulation and the rotary tables to bf16, and the error, of which DPO takes small differences, would be off by 1e-3 instead of 2e-5.
+    One group has one dtype, so the blocks' modulation and norm weights arrive rounded to bf16 too; the arithmetic on them is float32.
     offload: shards live in CPU memory and are fetched block by block (meant for the frozen reference).
     """
     full = MixedPrecisionPolicy(cast_forward_inputs=False)
@@ -170,7 +179,8 @@ def save_checkpoint(out, step, policy, optimizer, ema, meta, keep):
     Write out/step_000500 (every rank its shards) and then name it in out/latest. All ranks call it.
 
     A folder appears under its name only when it is whole, and `latest` changes by an atomic replace after that: a run killed at any moment leaves a
-    checkpoint to resume from. meta: what must be equal on resume, as JSON. keep: how many checkpoints stay (the oldest go last, after the new one is whole).
+    checkpoint to resume from. meta: what must be equal on resume, as JSON. keep: how many checkpoints stay, this one included (older ones go, after it is
+    whole; later ones, of a run that was resumed from before them, stay until they are passed).
     """
     out = Path(out)
     name = f"step_{step:06d}"
@@ -183,13 +193,17 @@ def save_checkpoint(out, step, policy, optimizer, ema, meta, keep):
     dcp.save(state, checkpoint_id=temporary)
     if dist.get_rank() == 0:
         (temporary / "meta.json").write_text(json.dumps(meta | {"step": step}, indent=1))
+        passed = out / f".{name}.old"
         if final.exists():                                 # a resumed run that passes the same step again
-            shutil.rmtree(final)
+            shutil.rmtree(passed, ignore_errors=True)
+            os.rename(final, passed)
         os.rename(temporary, final)
         (out / ".latest.tmp").write_text(name + "\n")
         os.replace(out / ".latest.tmp", out / "latest")
-        for old in sorted(out.glob("step_*"))[:-keep]:
-            shutil.rmtree(old)
+        shutil.rmtree(passed, ignore_errors=True)
+        older = sorted(folder for folder in out.glob("step_*") if folder.name < name)
+        for folder in older[:max(0, len(older) - (keep - 1))]:
+            shutil.rmtree(folder)
     dist.barrier()
 
 
@@ -219,7 +233,7 @@ def load_checkpoint(folder, policy, optimizer, ema, meta):
     for key, value in meta.items():
         if saved.get(key) != value:
             raise ValueError(f"--resume {folder}: it was trained with {key} = {saved.get(key)}, this run has {key} = {value}; "
-                             f"resume with the same flags, or start a new run from its weights with --init")
+                             f"resume with the same flags, or export it (the old flags, --resume and --steps {saved['step']}) and give that export to --init")
     model_state, optimizer_state = get_state_dict(policy, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state} | ({"ema": get_model_state_dict(ema)} if ema is not None else {})
     dcp.load(state, checkpoint_id=folder)

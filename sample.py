@@ -6,7 +6,6 @@ Samplers, and their command line: videos of prompts, and the losing half of GT-P
 """
 import argparse
 import hashlib
-import json
 import os
 import sys
 from pathlib import Path
@@ -31,7 +30,7 @@ def seed_of(*parts):
 
 
 @torch.no_grad()
-def generate(model, context, seeds, shape, steps, flow_shift, guidance, negative=None, **conditions):
+def generate(model, context, seeds, shape, steps, flow_shift, guidance, negative=None, device=None, **conditions):
     """
     Euler along the flow with classifier-free guidance.
 
@@ -39,9 +38,10 @@ def generate(model, context, seeds, shape, steps, flow_shift, guidance, negative
 
     context: list of B tensors (T, D); negative: context (T, D) of the unconditional branch, by default no rows (zeros, as for an empty caption).
     seeds: B integers, one noise each, so a video does not depend on the batch it was made in. shape (C, F, H, W). guidance 1: one forward a step.
-    conditions: what the variant needs beside the text, (B, ...) each. Returns latents (B, C, F, H, W) float32 on the model's device.
+    conditions: what the variant needs beside the text, (B, ...) each. device: where it computes, if its parameters live elsewhere (offloaded).
+    Returns latents (B, C, F, H, W) float32 on that device.
     """
-    device = next(model.parameters()).device
+    device = device or next(model.parameters()).device
     negative = torch.zeros(0, context[0].shape[1]) if negative is None else negative
     rows = list(context) + ([negative] * len(context) if guidance != 1 else [])
     padded = torch.zeros(len(rows), max(1, *(len(row) for row in rows)), rows[0].shape[1])         # (B or 2B, T, D)
@@ -85,18 +85,16 @@ def make_negatives(model, model_name, folder, name="negatives", per_sample=1, se
     Raises ValueError if a file that is there was made with other settings.
     """
     settings = {"model": model_name, "seed": str(seed), "steps": str(steps), "flow_shift": str(flow_shift), "guidance": str(guidance)}
-    todo = []
-    for path in sample_files(Path(folder) / "real"):
-        for k in range(per_sample):
-            target = Path(folder) / (name if k == 0 else f"{name}_{k}") / path.name
-            if target.exists():
-                found = {key: read_header(target)["metadata"].get(key) for key in settings}
-                if found != settings:
-                    raise ValueError(f"{target} was made with {found}, but now {settings} is asked for; "
-                                     f"give these negatives another --name, or delete that folder")
-            else:
-                todo.append((path, target, k))
-    mine = todo[rank::world]
+    every = [(path, k) for path in sample_files(Path(folder) / "real") for k in range(per_sample)]
+    mine = []
+    for path, k in every[rank::world]:                                        # by place, not by what is missing: ranks look at different moments
+        target = Path(folder) / (name if k == 0 else f"{name}_{k}") / path.name
+        if not target.exists():
+            mine.append((path, target, k))
+            continue
+        found = {key: read_header(target)["metadata"].get(key) for key in settings}
+        if found != settings:
+            raise ValueError(f"{target} was made with {found}, but now {settings} is asked for; give these negatives another --name, or delete that folder")
     bar = tqdm(total=len(mine), desc=f"negatives ({world} ranks)" if world > 1 else "negatives", unit="clip", disable=rank != 0 or not mine)
     for start in range(0, len(mine), batch_size):
         part = mine[start:start + batch_size]
@@ -160,7 +158,12 @@ def main(args):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))              # ranks work alone here: no process group
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if not Path(args.init).exists() and (Path(__file__).parent / args.init).exists():
+        args.init = str(Path(__file__).parent / args.init)                    # toy_base, from any folder
     config, _ = open_wan(args.init)
+    if config.text_dim != toy.TEXT_DIM and args.guidance != 1:
+        raise ValueError(f"--guidance {args.guidance}: {args.init} was trained with an encoded negative prompt as its unconditional text, which cannot be "
+                         f"made here yet; zeros in its place would spoil the clips. Use --guidance 1")
     model = load_wan(args.init, dtype=torch.bfloat16 if cuda else torch.float32).to(device).eval().requires_grad_(False)
 
     if args.pairs:
@@ -176,6 +179,8 @@ def main(args):
     prompts = read_prompts(args.prompts)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
+    if rank == 0 and any(out.glob("*.safetensors")):
+        raise ValueError(f"--out {out} holds samples already; choose another folder")
     videos = []
     for start in tqdm(range(rank * args.batch_size, len(prompts), world * args.batch_size), desc="videos", disable=rank != 0):
         part = list(enumerate(prompts))[start:start + args.batch_size]
@@ -185,12 +190,11 @@ def main(args):
         for (i, prompt), value, row, seed in zip(part, latents, context, seeds):
             write_sample(out / f"{i:05d}.safetensors", value, row, {"prompt": prompt, "noise_seed": str(seed), "source": f"generated by {args.init}"})
             video = toy.decode_pixels(value).clamp(-1, 1)
-            write_video(out / f"{i:05d}.mp4", video, args.fps)
+            write_video(out / f"{i:05d}.mp4", video, args.fps, upscale=max(1, 256 // min(video.shape[2:])))   # players blur tiny clips
             videos.append(video)
-    if rank == 0:
-        contact_sheet(out / "contact_sheet.png", videos[:32])
-        (out / "prompts.json").write_text(json.dumps(prompts, indent=1))
-        print(f"{len(prompts)} videos and contact_sheet.png in {out}")
+    if videos:
+        contact_sheet(out / f"contact_sheet{f'_{rank}' if world > 1 else ''}.png", videos[:32], upscale=max(1, 128 // min(videos[0].shape[2:])))
+    print(f"rank {rank}: {len(videos)} of {len(prompts)} videos and a contact sheet in {out}", flush=True)
 
 
 if __name__ == "__main__":

@@ -153,7 +153,7 @@ def encode_pixels(video):
     """
     video (..., 3, F, H, W) in [-1, 1], H and W multiples of 4 -> latents (..., 12, F, H/4, W/4).
 
-    A fixed linear codec, frame by frame: a third of the numbers of a video, because a small model needs far fewer numbers per token than its width
+    A fixed linear codec, frame by frame: a quarter of the numbers of a video, because a small model needs far fewer numbers per token than its width
     (the velocity contains the noise itself). decode_pixels inverts it on the space it keeps: encode(decode(latents)) == latents.
     """
     if video.shape[-4] != 3 or video.shape[-1] % BLOCK or video.shape[-2] % BLOCK:
@@ -238,7 +238,7 @@ def metrics(video, captions):
         mine = directions.index(direction)
         marks["colour"].append(((seen_colour[i] == colours.index(colour)) & present[i]).float().mean())
         marks["shape"].append(((seen_shape[i] == shapes.index(shape)) & present[i]).float().mean())
-        marks["direction"].append((off.argmin() == mine).float())
+        marks["direction"].append(((off.argmin() == mine) & present[i].any()).float())
         marks["drift"].append(off[mine])
         marks["size"].append((r[i] / SIZES[size] - 1).abs().mean())
         away = (~near).expand_as(rgb[i])
@@ -250,7 +250,7 @@ def metrics(video, captions):
 
 
 def features(video):
-    """Hand-made features of clips for the Frechet distance. video (B, 3, F, 32, 32) in [-1, 1] -> (B, 38)."""
+    """Hand-made features of clips for the Frechet distance. video (B, 3, F, 32, 32) in [-1, 1] -> (B, 37)."""
     rgb = (video.clamp(-1, 1) + 1) / 2
     mask, area, centre = _moments(video)
     core = mask[:, None]

@@ -15,14 +15,15 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from tqdm import tqdm
 
 import losses
 import toy
-from data import collate, contact_sheet, draw, open_data, order, randomness, write_sample
+from data import collate, contact_sheet, draw, open_data, order, randomness, write_sample, write_whole
 from fsdp_utils import (checkpoint_blocks, clip_gradients, ema_update, exchange_branches, find_checkpoint, full_weights, load_checkpoint, load_weights,
                         save_checkpoint, shard_model, start_ranks, total)
 from losses import add_noise, flow_error, importance_weight, next_sigma, safeguard_coefficient, velocity_target
-from model import CONFIGS, WanModel, open_wan, save_wan
+from model import CONFIGS, WanModel, load_wan, open_wan, save_wan
 from sample import generate, make_negatives, seed_of, weights_digest
 
 HERE = Path(__file__).resolve().parent
@@ -59,14 +60,14 @@ def parse_args(argv):
     p.add_argument("--caption_dropout", type=float, default=0.0, help="sft: share of empty captions, which classifier-free guidance needs")
     # the optimizer
     p.add_argument("--steps", type=int, default=400)
-    p.add_argument("--batch_size", type=int, default=16, help="pairs a step over all ranks and accumulation steps together must not change a curve: see --grad_accum")
+    p.add_argument("--batch_size", type=int, default=16, help="pairs a step, over all ranks and accumulation steps together")
     p.add_argument("--grad_accum", type=int, default=1)
     p.add_argument("--learning_rate", type=float, default=2e-4)
     p.add_argument("--weight_decay", type=float, default=1e-3)
     p.add_argument("--warmup_steps", type=int, default=20)
     p.add_argument("--decay_steps", type=int, default=0, help="the last steps, over which the learning rate falls to 0")
     p.add_argument("--max_grad_norm", type=float, default=1.0)
-    p.add_argument("--loss_scale", type=float, default=0.0, help="multiplies the loss for backward only; 0: 1 / beta where there is a beta, else 1")
+    p.add_argument("--loss_scale", type=float, default=0.0, help="multiplies the loss for backward only; 0: what brings c_win to about 1 at the start")
     p.add_argument("--ema_decay", type=float, default=0.0, help="0: no average is kept; otherwise it is what is sampled and exported")
     # memory
     p.add_argument("--backward", default="joint", choices=["joint", "sequential", "pair"], help="one graph | one branch at a time | one branch a rank")
@@ -80,8 +81,8 @@ def parse_args(argv):
     p.add_argument("--export_dtype", default="float32", choices=["float32", "bfloat16"])
     # the embedded world
     p.add_argument("--toy_clips", type=int, default=512, help="real clips made for --data toy")
-    p.add_argument("--sample_every", type=int, default=0, help="steps between evaluations; there is one before and one after in any case")
-    p.add_argument("--eval_clips", type=int, default=256, help="held-out captions sampled in an evaluation; 0 for none")
+    p.add_argument("--sample_every", type=int, default=0, help="steps between evaluations in the loop; 0: only before and after")
+    p.add_argument("--eval_clips", type=int, default=256, help="held-out captions sampled in an evaluation, 64 or more; 0: no evaluations")
     p.add_argument("--sample_steps", type=int, default=20)
     p.add_argument("--guidance", type=float, default=2.0)
     args = p.parse_args(argv)
@@ -90,7 +91,7 @@ def parse_args(argv):
 
 
 def check_args(args, ranks):
-    """Everything that can be known to be wrong before anything is loaded. Raises ValueError. Fills in what follows from other flags."""
+    """What can be known to be wrong before anything is loaded or written. Raises ValueError. Fills in what follows from other flags."""
     every = {flag for flags in LOSS_FLAGS.values() for flag in flags}
     for flag in sorted(every - set(LOSS_FLAGS[args.loss])):
         if getattr(args, flag) != args.defaults[flag]:
@@ -101,9 +102,19 @@ def check_args(args, ranks):
             args.r = float(args.r)
         except ValueError:
             raise ValueError(f"--r {args.r}: expected 'dgr' or a number") from None
-    for flag in ("steps", "batch_size", "grad_accum", "keep", "save_every", "log_every", "sample_steps", "toy_clips"):
+    for flag in ("steps", "batch_size", "grad_accum", "keep", "save_every", "log_every", "sample_steps", "toy_clips", "weight_steps"):
         if getattr(args, flag) < 1:
             raise ValueError(f"--{flag} {getattr(args, flag)}: expected at least 1")
+    for flag, fine, expected in (("max_grad_norm", args.max_grad_norm > 0, "above 0 ('inf' switches clipping off)"),
+                                 ("learning_rate", args.learning_rate > 0, "above 0"), ("ema_decay", 0 <= args.ema_decay < 1, "0 or more, below 1"),
+                                 ("eval_clips", args.eval_clips == 0 or args.eval_clips >= 64, "0, or at least 64 (a Frechet distance of fewer says nothing)")):
+        if not fine:
+            raise ValueError(f"--{flag} {getattr(args, flag)}: expected {expected}")
+    draw(0, 0, (1,), args.flow_shift, args.min_timestep, args.max_timestep)   # the functions themselves check what they are given
+    if args.loss != "sft":
+        one = torch.ones(1)
+        row = one[:, None]
+        pair_loss(args, one, one, one, one, one / 2, safeguard_coefficient(row, 0 * row, row, 0 * row, args.mu))
     if args.batch_size % (ranks.data_ranks * args.grad_accum):
         raise ValueError(f"--batch_size {args.batch_size} pairs do not divide over {ranks.data_ranks} data ranks x --grad_accum {args.grad_accum}; "
                          f"take a multiple of {ranks.data_ranks * args.grad_accum}")
@@ -116,15 +127,19 @@ def check_args(args, ranks):
     if args.sample_every and args.data != "toy":
         raise ValueError("--sample_every evaluates in the embedded world (--data toy); for other data run sample.py on the export")
     args.out = Path(str(args.out).replace("{loss}", args.loss))
-    if (args.out / "log.jsonl").exists() and not args.resume:
-        raise ValueError(f"{args.out} already holds a run; go on with it (--resume latest), or choose another --out")
+    log = args.out / "log.jsonl"
+    if log.exists() and log.stat().st_size and not args.resume:
+        how = "go on with it (--resume latest)" if (args.out / "latest").exists() else "it was stopped before its first checkpoint: delete it"
+        raise ValueError(f"{args.out} already holds a run; {how}, or choose another --out")
+    if args.resume not in ("", "latest") and log.exists() and Path(args.resume).resolve().parent != args.out.resolve():
+        raise ValueError(f"--resume {args.resume} is not in --out {args.out}, which holds another run; choose another --out")
     if args.init != "scratch" and not Path(args.init).exists():
         if not (HERE / args.init).exists():
             raise ValueError(f"--init {args.init}: no such file or folder; give a Wan checkpoint, or 'scratch' with --loss sft")
         args.init = str(HERE / args.init)
     if args.init == "scratch" and args.loss != "sft":
         raise ValueError(f"--init scratch with --loss {args.loss}: a preference needs a model that already generates; train one with --loss sft first")
-    args.loss_scale = args.loss_scale or (1 / args.beta if "beta" in LOSS_FLAGS[args.loss] else 1.0)
+    args.loss_scale = args.loss_scale or {"sft": 1.0, "linear_dpo": 1.0, "ipo": args.tau}.get(args.loss, 1 / args.beta)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -218,12 +233,14 @@ def coefficients(args, err_win, err_lose, ref_err_win, ref_err_lose, sigma, safe
 
 
 def diagnostics(m):
-    """What the four errors say beside the loss (how to read it: README). m {name: (B,)} -> {name: (B,)}; a mean over pairs makes fractions of them."""
+    """
+    What the four errors say beside the loss (how to read it: README). m {name: (B,)} -> {name: (B,)}; the mean over pairs makes shares of ones and zeros.
+    """
     right = (m["margin"] > 0).float()
-    return {"accuracy_strict": right, "margin_abs": m["margin"].abs(), "saturated": (m["margin"].abs() > 5).float(),
-            "win_ratio": m["err_win"] / m["ref_err_win"], "lose_ratio": m["err_lose"] / m["ref_err_lose"], "drift": (m["win_gap"] + m["lose_gap"]) / 2,
-            "win_gap_positive": (m["win_gap"] > 0).float(), "win_worse_though_right": right * (m["win_gap"] > 0),
-            "loser_driven": right * (m["lose_gap"] > -m["win_gap"])}
+    found = {"accuracy_strict": right, "margin_abs": m["margin"].abs(), "win_ratio": m["err_win"] / m["ref_err_win"], "lose_ratio": m["err_lose"] / m["ref_err_lose"],
+             "gap_mean": (m["win_gap"] + m["lose_gap"]) / 2, "win_gap_positive": (m["win_gap"] > 0).float(),
+             "win_worse_though_right": right * (m["win_gap"] > 0), "loser_driven": right * (m["lose_gap"] > -m["win_gap"])}
+    return found | ({"saturated": (m["margin"].abs() > 5).float()} if "dgr" in m else {})    # a margin with beta in it
 
 
 def backward_batch(args, policy, ref, batch, scale, ranks):
@@ -296,6 +313,8 @@ def summarise(sums, device):
     row = {name: value / sums["pairs"] for name, value in sums.items() if "/" not in name}
     row["by_sigma"] = {name: [sums[f"{name}/{i}"] / sums[f"pairs/{i}"] if sums[f"pairs/{i}"] else None for i in range(BINS)]
                        for name in BINNED if name in sums}
+    for name in {"win_worse_though_right", "loser_driven"} & sums.keys():     # shares of the pairs that count as right
+        row[name] = sums[name] / max(1, sums["accuracy_strict"])
     if "kept" in sums:                                                        # dpo_cm averages over the pairs it kept
         row["loss"] *= sums["pairs"] / max(1, sums["kept"])
     return row, sums
@@ -311,39 +330,36 @@ def make_world(args, config, ranks):
     Returns the folder. Real clips hang on their number only and negatives on the base's weights too, hence the name.
     """
     pairs = args.loss != "sft"
-    folder = Path("data") / (f"toy_{args.toy_clips}" + (f"_{weights_digest(args.init)}_g{args.guidance:g}_s{args.sample_steps}" if pairs else ""))
+    folder = Path("data") / (f"toy_{args.toy_clips}" + (f"_{weights_digest(args.init)}_{args.sample_steps}steps_guidance{args.guidance:g}_shift{args.flow_shift:g}" if pairs else ""))
     if ranks.rank == 0:
-        captions = None
-        for i in range(args.toy_clips):                                       # file by file: a run that was killed here goes on
-            path = folder / "real" / f"{i:05d}.safetensors"
-            if not path.exists():
-                captions, videos = (captions, videos) if captions else toy.make_clips(args.toy_clips, seed=0)
-                write_sample(path, toy.encode_pixels(videos[i]), toy.encode_text(captions[i]), {"prompt": captions[i], "source": "embedded world"})
+        paths = [folder / "real" / f"{i:05d}.safetensors" for i in range(args.toy_clips)]
+        if not all(path.exists() for path in paths):                          # a run that was killed here does it again, to the same files
+            for path, caption, video in zip(tqdm(paths, desc="real clips", unit="clip"), *toy.make_clips(args.toy_clips, seed=0)):
+                write_sample(path, toy.encode_pixels(video), toy.encode_text(caption), {"prompt": caption, "source": "embedded world"})
     dist.barrier()
     if pairs:
-        from model import load_wan                                            # whole on every rank: each makes its own share of the clips
-        model = load_wan(args.init, config).to(ranks.device).eval().requires_grad_(False)
+        model = load_wan(args.init, config).to(ranks.device).eval().requires_grad_(False)    # whole on every rank: each makes its own share
         make_negatives(model, weights_digest(args.init), folder, steps=args.sample_steps, flow_shift=args.flow_shift, guidance=args.guidance,
                        rank=ranks.rank, world=ranks.world)
         dist.barrier()
     return folder
 
 
-def sample_held_out(args, model, ranks):
-    """Clips of held-out captions, the same seeds whatever the model. Every rank makes its share. Returns captions, videos (N, 3, 8, 32, 32) on the CPU."""
-    captions, _ = toy.make_clips(args.eval_clips, seed=1, held_out=True)
+def sample_held_out(args, model, captions, ranks):
+    """Clips of these captions, the same seeds whatever the model. Every rank makes its share. Returns videos (N, 3, 8, 32, 32) on the CPU of every rank."""
     share = -(-len(captions) // ranks.world)                                  # a sharded model needs equally many forwards on every rank
     mine = [(ranks.rank + i * ranks.world) % len(captions) for i in range(share)]
     latents = []
     for start in range(0, share, 64):
         part = mine[start:start + 64]
         latents.append(generate(model, [toy.encode_text(captions[i]) for i in part], [seed_of("held out", i) for i in part],
-                                (toy.CHANNELS, toy.FRAMES, toy.SIDE // toy.BLOCK, toy.SIDE // toy.BLOCK), args.sample_steps, args.flow_shift, args.guidance))
+                                (toy.CHANNELS, toy.FRAMES, toy.SIDE // toy.BLOCK, toy.SIDE // toy.BLOCK), args.sample_steps, args.flow_shift, args.guidance,
+                                device=ranks.device))
     latents = torch.cat(latents)
     everyone = [torch.empty_like(latents) for _ in range(ranks.world)]
     dist.all_gather(everyone, latents)
     latents = torch.stack(everyone, dim=1).flatten(0, 1)[:len(captions)]      # rank by rank -> the order of the captions
-    return captions, toy.decode_pixels(latents.cpu()).clamp(-1, 1)
+    return toy.decode_pixels(latents.cpu()).clamp(-1, 1)
 
 
 def print_table(marks):
@@ -364,6 +380,8 @@ def main(args):
     talk = print if ranks.rank == 0 else lambda *a, **k: None
     config = CONFIGS[args.model]
     needs_pairs = args.loss != "sft"
+    if args.init != "scratch":
+        open_wan(args.init, config)                                           # another size or a damaged file: say so before anything is made
 
     # ---------------- data
     toy_world = args.data == "toy"
@@ -391,7 +409,11 @@ def main(args):
     # what decides the numbers of a run, and so must not change on resume; ranks, accumulation, memory flags and steps may
     fixed = {name: getattr(args, name) for name in ("loss", "model", "seed", "batch_size", "learning_rate", "weight_decay", "warmup_steps", "decay_steps",
              "max_grad_norm", "loss_scale", "ema_decay", "flow_shift", "min_timestep", "max_timestep", "caption_dropout", *LOSS_FLAGS[args.loss])}
-    fixed |= {"init": "scratch" if args.init == "scratch" else weights_digest(args.init), "pairs": len(dataset)}
+    files = [path for pair in dataset.pairs for path in pair] if needs_pairs else dataset.files
+    fixed |= {"init": "scratch" if args.init == "scratch" else weights_digest(args.init),
+              "data": f"{len(dataset)} {'pairs' if needs_pairs else 'samples'}, {seed_of([Path(path).name for path in files]):x}"}
+    if toy_world and needs_pairs:
+        fixed |= {"guidance": args.guidance, "sample_steps": args.sample_steps}                  # of the negatives
     if args.decay_steps:
         fixed["steps"] = args.steps
     start = 0
@@ -402,8 +424,9 @@ def main(args):
         args.out.mkdir(parents=True, exist_ok=True)
         flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name != "defaults"}
         (args.out / "config.json").write_text(json.dumps(flags | {"ranks": ranks.world, "torch": torch.__version__}, indent=1))
-        rows = [line for line in log_path.read_text().splitlines() if json.loads(line)["step"] < start] if args.resume and log_path.exists() else []
-        log_path.write_text("".join(row + "\n" for row in rows))              # steps after the checkpoint will be done again
+        lines = log_path.read_text().splitlines() if args.resume and log_path.exists() else []
+        rows = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < start]     # later steps will be done again; a kill cuts the last line
+        write_whole(log_path, "".join(row + "\n" for row in rows).encode())
     dist.barrier()
 
     # ---------------- what will happen
@@ -421,11 +444,12 @@ def main(args):
 
     marks = {}
     if toy_world and args.eval_clips:
-        _, held_out = toy.make_clips(args.eval_clips, seed=1, held_out=True)
+        captions, held_out = toy.make_clips(args.eval_clips, seed=1, held_out=True)
+        held_out = toy.decode_pixels(toy.encode_pixels(held_out))
         yardstick = toy.decode_pixels(toy.encode_pixels(toy.make_clips(512, seed=2)[1]))         # real clips, as the codec shows them
 
     def evaluate(title, model):
-        captions, videos = sample_held_out(args, model, ranks)
+        videos = sample_held_out(args, model, captions, ranks)
         if ranks.rank == 0:
             marks[title] = toy.score(videos, captions, yardstick)
             print(f"{title}: " + ", ".join(f"{name} {value:.3f}" for name, value in marks[title].items()), flush=True)
@@ -444,6 +468,8 @@ def main(args):
     skipped = 0
     for step in range(start, args.steps):
         began = time.perf_counter()
+        if ranks.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()                              # of this step, not of sampling before it
         sums = {}
         for micro in range(args.grad_accum):
             begin = step * args.batch_size + (micro * ranks.data_ranks + ranks.data_rank) * per_rank
@@ -452,9 +478,9 @@ def main(args):
             add_up(sums, metrics, batch["sigma"])
         row, counts = summarise(sums, ranks.device)
 
-        if needs_pairs and step == 0 and row["margin_abs"] > 1e-3:
+        if needs_pairs and step == 0 and row["margin_abs"] > (1e-6 if args.loss == "ipo" else 1e-3):    # IPO's margin has no beta
             raise RuntimeError(f"policy and reference are the same weights at step 0, but their margins differ by {row['margin_abs']:.2g} on average: they do "
-                               f"not take the same numerical path, so every later margin would be wrong by as much. First loss {row['loss']:.6f}, not log 2")
+                               f"not take the same numerical path, so every later margin would be wrong by as much (and the DPO part of the loss is not log 2)")
 
         kept = counts["pairs"] / max(1, counts["kept"]) if "kept" in counts else 1.0
         row["grad_norm"] = clip_gradients(list(policy.parameters()), args.max_grad_norm, kept)
@@ -470,11 +496,12 @@ def main(args):
             skipped += 1
             if skipped == 10:
                 raise RuntimeError(f"10 steps in a row gave no finite gradient; the last batch was {', '.join(batch['names'])}. "
-                                   f"The last good checkpoint is {args.out}/latest; lower --learning_rate or --beta and resume")
+                                   f"Nothing was updated since; start a new run with a lower --learning_rate or --beta")
         optimizer.zero_grad()
 
         row = {"step": step, **row, "skipped": skipped, "seconds": time.perf_counter() - began}
-        row["memory_gib"] = (torch.cuda.max_memory_allocated() if ranks.device.type == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2 ** 30
+        row["memory_gib"] = (torch.cuda.max_memory_allocated() if ranks.device.type == "cuda"
+                             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)) / 2 ** 30
         row["tokens_per_second"] = args.batch_size * tokens * (2 if needs_pairs else 1) / row["seconds"]
         if ranks.rank == 0:
             with open(log_path, "a") as log:
@@ -500,8 +527,8 @@ def main(args):
         if ranks.rank == 0:
             picture(args.out / "samples" / "after.png", videos)
             (args.out / "samples" / "marks.json").write_text(json.dumps(marks, indent=1))
-            print_table(marks | {"real clips": toy.score(toy.decode_pixels(toy.encode_pixels(held_out)), toy.make_clips(args.eval_clips, 1, True)[0], yardstick)})
-            print(f"picture (per held-out caption: real, before, after) in {args.out / 'samples' / 'after.png'}")
+            print_table(marks | {"real clips": toy.score(held_out, captions, yardstick)})
+            print(f"picture (per held-out caption: real{', before' * (len(sheets) > 1)}, after) in {args.out / 'samples' / 'after.png'}")
     dist.barrier()
     dist.destroy_process_group()
 

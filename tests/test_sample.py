@@ -152,8 +152,20 @@ def test_prompts_become_videos_a_sheet_and_samples(base, tmp_path):
     (tmp_path / "prompts.txt").write_text("large red circle moving fast left\n\nsmall blue square moving slowly up\n")
     sample.main(sample.parse_args(["--init", str(base[0]), "--prompts", str(tmp_path / "prompts.txt"), "--out", str(tmp_path / "out"), "--steps", "2"]))
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
-    assert names == ["00000.mp4", "00000.safetensors", "00001.mp4", "00001.safetensors", "contact_sheet.png", "prompts.json"]
+    assert names == ["00000.mp4", "00000.safetensors", "00001.mp4", "00001.safetensors", "contact_sheet.png"]
     assert read_sample(tmp_path / "out" / "00001.safetensors")["metadata"]["prompt"] == "small blue square moving slowly up"
+
+
+def test_samples_that_are_there_are_not_overwritten(base, tmp_path):
+    write_sample(tmp_path / "00000.safetensors", torch.zeros(12, 2, 4, 4), torch.zeros(0, 32), {})
+    with pytest.raises(ValueError, match="holds samples already"):
+        sample.main(sample.parse_args(["--init", str(base[0]), "--prompts", "a red ball", "--out", str(tmp_path)]))
+
+
+def test_ranks_that_start_late_still_make_their_own_share(base, pairs):
+    """Ranks of sample.py do not wait for each other: the second may look when the first has written files."""
+    made = [sample.make_negatives(base[1], "m", pairs, steps=1, rank=rank, world=2) for rank in range(2)]
+    assert made == [5, 5] and len(open_data(pairs, pairs=True)) == 10
 
 
 @pytest.mark.parametrize("flags, words", [

@@ -104,8 +104,14 @@ def test_a_run_that_stops_and_resumes_on_another_number_of_ranks_is_the_same_run
 
 
 def test_resuming_from_an_older_step_rewrites_the_log_from_there(world, one_rank, tmp_path):
-    run(world, tmp_path / "out")
-    same_run(run(world, tmp_path / "out", "--resume", str(tmp_path / "out" / "step_000003")), one_rank)
+    run(world, tmp_path / "out", "--keep", "1", "--steps", "3")
+    run(world, tmp_path / "out", "--keep", "3", "--resume", "latest")
+    with open(tmp_path / "out" / "log.jsonl", "a") as log:
+        log.write('{"step": 6, "lo')                                                                # a kill in the middle of a row
+    run(world, tmp_path / "out", "--resume", str(tmp_path / "out" / "step_000003"), "--steps", "4", "--keep", "1")
+    assert (tmp_path / "out" / "latest").read_text() == "step_000004\n"                             # the new one is not pruned for being lower than step_000006
+    assert sorted(p.name for p in (tmp_path / "out").glob("step_*")) == ["step_000004", "step_000006"]
+    same_run(run(world, tmp_path / "out", "--resume", "latest"), one_rank)
 
 
 def test_sft_with_ema_and_dropped_captions_is_one_curve_too(world, tmp_path):
@@ -204,17 +210,25 @@ def main_fails(world, tmp_path, *flags):
     (("--init", "scratch"), ["--init scratch", "--loss sft"]),
     (("--resume", "latest"), ["--resume latest", "no checkpoint"]),
     (("--resume", "step_000007"), ["step_000007", "no whole checkpoint"]),
-    (("--model", "wan2.1-t2v-1.3b"), ["--model wan2.1-t2v-1.3b", "12 channels", "width 32", "16 and 4096"]),
+    (("--model", "wan2.1-t2v-1.3b"), ["dim is 128", "wan2.1-t2v-1.3b has 1536"]),
     (("--backward", "pair"), ["--backward pair", "even number"]),
     (("--beta", "-1"), ["beta is -1"]),
     (("--min_timestep", "900", "--max_timestep", "100"), ["--min_timestep 900"]),
     (("--steps", "0"), ["--steps 0"]),
+    (("--beta", "0"), ["beta is 0"]),
+    (("--r", "50", "--r_scale", "2"), ["r=50.0 is fixed", "r_scale=2.0"]),
+    (("--loss", "dpo_cm", "--threshold", "3"), ["threshold is 3"]),
+    (("--loss", "diffusion_sdpo", "--mu", "2"), ["mu is 2"]),
+    (("--max_grad_norm", "0"), ["--max_grad_norm 0"]),
+    (("--ema_decay", "1.5"), ["--ema_decay 1.5"]),
+    (("--eval_clips", "5"), ["--eval_clips 5", "at least 64"]),
     (("--loss", "sft", "--backward", "sequential"), ["--backward sequential"]),
     (("--caption_dropout", "0.1"), ["--caption_dropout", "--loss sft"]),
 ])
 def test_bad_flags_are_refused_with_the_flag_and_what_to_do(world, tmp_path, flags, words):
     message = main_fails(world, tmp_path, *flags)
     assert all(word in message for word in words), message
+    assert not (tmp_path / "out").exists()                                                          # nothing was written that a corrected command would trip over
 
 
 def test_a_checkpoint_of_another_size_is_refused_before_anything_is_loaded(world, tmp_path):
@@ -258,7 +272,7 @@ def test_a_run_is_not_overwritten_without_being_asked(world, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "log.jsonl").write_text('{"step": 0}\n')
     message = main_fails(world, tmp_path)
-    assert "already holds a run" in message and (tmp_path / "out" / "log.jsonl").read_text() == '{"step": 0}\n'
+    assert "already holds a run" in message and "delete it" in message and (tmp_path / "out" / "log.jsonl").read_text() == '{"step": 0}\n'
 
 
 def test_resuming_with_other_numbers_is_refused_and_leaves_the_run_alone(world, tmp_path):
