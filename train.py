@@ -381,7 +381,10 @@ def main(args):
     config = CONFIGS[args.model]
     needs_pairs = args.loss != "sft"
     if args.init != "scratch":
-        open_wan(args.init, config)                                           # another size or a damaged file: say so before anything is made
+        try:
+            open_wan(args.init, config)                                       # another size or a damaged file: say so before anything is made
+        except ValueError as error:
+            raise ValueError(f"--model {args.model} --init {args.init}: {error}") from error
 
     # ---------------- data
     toy_world = args.data == "toy"

@@ -210,7 +210,7 @@ def main_fails(world, tmp_path, *flags):
     (("--init", "scratch"), ["--init scratch", "--loss sft"]),
     (("--resume", "latest"), ["--resume latest", "no checkpoint"]),
     (("--resume", "step_000007"), ["step_000007", "no whole checkpoint"]),
-    (("--model", "wan2.1-t2v-1.3b"), ["dim is 128", "wan2.1-t2v-1.3b has 1536"]),
+    (("--model", "wan2.1-t2v-1.3b"), ["--model wan2.1-t2v-1.3b --init", "dim is 128", "1536"]),
     (("--backward", "pair"), ["--backward pair", "even number"]),
     (("--beta", "-1"), ["beta is -1"]),
     (("--min_timestep", "900", "--max_timestep", "100"), ["--min_timestep 900"]),
