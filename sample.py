@@ -75,7 +75,7 @@ def weights_digest(path):
     return digest.hexdigest()[:12]
 
 
-def make_negatives(model, model_name, folder, name="negatives", per_sample=1, seed=0, steps=20, flow_shift=3.0, guidance=2.0, batch_size=64,
+def make_negatives(model, model_name, folder, name="negatives", per_sample=1, seed=0, steps=20, flow_shift=3.0, guidance=1.0, batch_size=64,
                    rank=0, world=1):
     """
     The losing half of GT-Pairs: for every folder/real/STEM.safetensors the model's own clip of the same caption, as folder/NAME/STEM.safetensors
@@ -133,7 +133,7 @@ def parse_args(argv):
     # sampler
     p.add_argument("--steps", type=int, default=20)
     p.add_argument("--flow_shift", type=float, default=3.0)
-    p.add_argument("--guidance", type=float, default=2.0, help="classifier-free guidance; 1 switches it off")
+    p.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance; 1 is none: the model's own distribution, which a loser should be from")
     p.add_argument("--seed", type=int, default=0)
     p.add_argument("--batch_size", type=int, default=64)
     return p.parse_args(argv)

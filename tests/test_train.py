@@ -50,7 +50,7 @@ def in_rank(rank, world_size, port, argv):
 def run(world, out, *flags, ranks=1):
     """Train on this many ranks. Returns the rows of the log, and the exported weights."""
     argv = ["--init", str(world / "base"), "--data", str(world / "data"), "--out", str(out), "--batch_size", "8", "--steps", "6", "--learning_rate", "2e-4",
-            "--warmup_steps", "2", "--save_every", "3", "--max_grad_norm", "0.3", *flags]
+            "--warmup_steps", "2", "--save_every", "3", "--max_grad_norm", "0.3", "--min_timestep", "0", "--ema_decay", "0", *flags]
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
@@ -278,7 +278,7 @@ def test_a_run_is_not_overwritten_without_being_asked(world, tmp_path):
 def test_resuming_with_other_numbers_is_refused_and_leaves_the_run_alone(world, tmp_path):
     run(world, tmp_path / "out", "--steps", "3")
     before = (tmp_path / "out" / "log.jsonl").read_text()
-    message = main_fails(world, tmp_path, "--batch_size", "8", "--steps", "6", "--warmup_steps", "2", "--max_grad_norm", "0.3", "--learning_rate", "5e-4", "--resume", "latest")
+    message = main_fails(world, tmp_path, "--batch_size", "8", "--steps", "6", "--warmup_steps", "2", "--max_grad_norm", "0.3", "--min_timestep", "0", "--ema_decay", "0", "--learning_rate", "5e-4", "--resume", "latest")
     assert "learning_rate = 0.0002" in message and "learning_rate = 0.0005" in message
     assert (tmp_path / "out" / "log.jsonl").read_text() == before
 
