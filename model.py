@@ -15,7 +15,6 @@ import json
 import math
 import os
 import re
-import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
