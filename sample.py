@@ -179,11 +179,12 @@ def main(args):
     prompts = read_prompts(args.prompts)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    if rank == 0 and any(out.glob("*.safetensors")):
+    mine = list(range(len(prompts)))[rank::world]                             # only these are looked at: another rank may be writing its own already
+    if any((out / f"{i:05d}.safetensors").exists() for i in mine):
         raise ValueError(f"--out {out} holds samples already; choose another folder")
     videos = []
-    for start in tqdm(range(rank * args.batch_size, len(prompts), world * args.batch_size), desc="videos", disable=rank != 0):
-        part = list(enumerate(prompts))[start:start + args.batch_size]
+    for start in tqdm(range(0, len(mine), args.batch_size), desc="videos", disable=rank != 0):
+        part = [(i, prompts[i]) for i in mine[start:start + args.batch_size]]
         seeds = [seed_of(args.seed, i) for i, _ in part]
         context = [toy.encode_text(prompt) for _, prompt in part]
         latents = generate(model, context, seeds, tuple(args.size), args.steps, args.flow_shift, args.guidance).cpu()
