@@ -331,6 +331,16 @@ class WanModel(nn.Module):
                          f=f // pf, h=h // ph, w=w // pw, pf=pf, ph=ph, pw=pw)
 
 
+def hold_first_frame(x, timestep, first_latent, patch_size):
+    """
+    TI2V with a given image: frame 0 of the noisy latents x (B,C,F,H,W) is the clean first_latent (B,C,1,H,W) and its tokens have timestep 0; all
+    others keep timestep (B,). Returns x (B,C,F,H,W) and timestep (B,L) for the model. What the model says about frame 0 does not count.
+    """
+    per_frame = math.prod(x.shape[3:]) // math.prod(patch_size[1:])
+    frames = torch.arange(x.shape[2] // patch_size[0], device=x.device).repeat_interleave(per_frame)       # (L,)
+    return torch.cat([first_latent.to(x), x[:, :, 1:]], dim=2), timestep[:, None] * (frames > 0)
+
+
 # ---------------------------------------------------------------------------------------------------------------------------------
 # weights on disk
 
