@@ -193,6 +193,10 @@ class PairSet:
     def __len__(self):
         return len(self.pairs)
 
+    def source(self, index):
+        """Name of the folder that the loser of a pair lies in."""
+        return self.pairs[index][1].parent.name
+
     def __getitem__(self, index):
         win_path, lose_path = self.pairs[index]
         win, lose = read_sample(win_path), read_sample(lose_path)

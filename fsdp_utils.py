@@ -69,6 +69,13 @@ def total(numbers, device):
     return tensor.tolist()
 
 
+def extremes(numbers, device):
+    """The smallest and the largest of a list of floats over all ranks."""
+    tensor = torch.tensor([-min(numbers), max(numbers)], dtype=torch.float64, device=device)
+    dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+    return -tensor[0].item(), tensor[1].item()
+
+
 def exchange_branches(mine, group):
     """
     What pair parallelism sends: mine (n, B) on either rank of a pair -> (2, n, B), the winner's rows first. No gradient flows through it.

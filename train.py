@@ -11,6 +11,7 @@ import math
 import resource
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -21,7 +22,7 @@ import losses
 import toy
 from data import collate, contact_sheet, draw, open_data, order, randomness, write_sample, write_whole
 from fsdp_utils import (checkpoint_blocks, clip_gradients, ema_update, exchange_branches, find_checkpoint, full_weights, load_checkpoint, load_weights,
-                        save_checkpoint, shard_model, start_ranks, total)
+                        extremes, save_checkpoint, shard_model, start_ranks, total)
 from losses import add_noise, flow_error, importance_weight, next_sigma, safeguard_coefficient, velocity_target
 from model import CONFIGS, WanModel, load_wan, open_wan, save_wan
 from sample import generate, make_negatives, seed_of, weights_digest
@@ -306,8 +307,11 @@ def add_up(sums, metrics, sigma):
                 sums[f"{name}/{i}"] = sums.get(f"{name}/{i}", 0.0) + values[bins == i].sum().item()
 
 
-def summarise(sums, device):
-    """Sums of every rank -> means over all pairs of the step, in one all-reduce. Curves by sigma become lists under "by_sigma" (null where no pair fell)."""
+def summarise(sums, margins, device):
+    """
+    Sums of every rank -> means over all pairs of the step, in one all-reduce. Curves by sigma become lists under "by_sigma" (null where no pair fell).
+    margins: list of this rank's; the smallest and the largest of all ranks' go into the row, since a mean hides the one pair that has run away.
+    """
     names = sorted(sums)
     sums = dict(zip(names, total([sums[name] for name in names], device)))
     row = {name: value / sums["pairs"] for name, value in sums.items() if "/" not in name}
@@ -315,6 +319,8 @@ def summarise(sums, device):
                        for name in BINNED if name in sums}
     for name in {"win_worse_though_right", "loser_driven"} & sums.keys():     # shares of the pairs that count as right
         row[name] = sums[name] / max(1, sums["accuracy_strict"])
+    if margins:
+        row["margin_min"], row["margin_max"] = extremes(margins, device)
     if "kept" in sums:                                                        # dpo_cm averages over the pairs it kept
         row["loss"] *= sums["pairs"] / max(1, sums["kept"])
     return row, sums
@@ -427,9 +433,9 @@ def main(args):
         args.out.mkdir(parents=True, exist_ok=True)
         flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name != "defaults"}
         (args.out / "config.json").write_text(json.dumps(flags | {"ranks": ranks.world, "torch": torch.__version__}, indent=1))
-        lines = log_path.read_text().splitlines() if args.resume and log_path.exists() else []
-        rows = [line for line in lines if line.endswith("}") and json.loads(line)["step"] < start]     # later steps will be done again; a kill cuts the last line
-        write_whole(log_path, "".join(row + "\n" for row in rows).encode())
+        lines = log_path.read_text().splitlines(keepends=True) if args.resume and log_path.exists() else []
+        rows = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < start]    # later steps will be done again; a kill cuts the last line
+        write_whole(log_path, "".join(rows).encode())
     dist.barrier()
 
     # ---------------- what will happen
@@ -467,19 +473,23 @@ def main(args):
         sheets += [evaluate("before", ref if ref is not None else build_model(args, config, ranks.mesh))]
 
     # ---------------- the loop
+    sources = {dataset.source(i) for i in range(len(dataset))} if needs_pairs else set()
     scale = args.loss_scale * ranks.world / args.batch_size                   # FSDP averages over all ranks; a step is the mean over its pairs
     skipped = 0
     for step in range(start, args.steps):
         began = time.perf_counter()
         if ranks.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()                              # of this step, not of sampling before it
-        sums = {}
+        sums, margins = {}, []
         for micro in range(args.grad_accum):
             begin = step * args.batch_size + (micro * ranks.data_ranks + ranks.data_rank) * per_rank
             batch = read_batch(args, dataset, range(begin, begin + per_rank), ranks.device)
             metrics = backward_batch(args, policy, ref, batch, scale, ranks)
             add_up(sums, metrics, batch["sigma"])
-        row, counts = summarise(sums, ranks.device)
+            margins += metrics["margin"].tolist() if needs_pairs else []
+        row, counts = summarise(sums, margins, ranks.device)
+        if len(sources) > 1:                                                  # which folders of losers the pairs came from
+            row["sources"] = Counter(dataset.source(order(args.seed, p, len(dataset))) for p in range(step * args.batch_size, (step + 1) * args.batch_size))
 
         if needs_pairs and step == 0 and row["margin_abs"] > (1e-6 if args.loss == "ipo" else 1e-3):    # IPO's margin has no beta
             raise RuntimeError(f"policy and reference are the same weights at step 0, but their margins differ by {row['margin_abs']:.2g} on average: they do "

@@ -64,7 +64,7 @@ def same_run(mine, theirs, numbers=1e-3, weights=1e-4):
     """The same losses, and the same final weights. What is compared is what training changed, too: equal starts must not hide unequal steps."""
     assert [row["step"] for row in mine[0]] == [row["step"] for row in theirs[0]]
     for a, b in zip(mine[0], theirs[0]):
-        for name in ("loss", "err_win", "grad_norm", "lr") + (("err_lose", "ref_err_win", "ref_err_lose", "c_win", "c_lose") if "c_win" in a else ()):
+        for name in ("loss", "err_win", "grad_norm", "lr") + (("err_lose", "ref_err_win", "ref_err_lose", "c_win", "c_lose", "margin_min", "margin_max") if "c_win" in a else ()):
             assert a[name] == pytest.approx(b[name], rel=numbers), (a["step"], name)
     (a, b) = (torch.cat([run[1][name].flatten().double() for name in sorted(run[1])]) for run in (mine, theirs))
     base = torch.cat([value.flatten().double() for _, value in sorted(load_file(theirs[2]).items())])
@@ -107,7 +107,7 @@ def test_resuming_from_an_older_step_rewrites_the_log_from_there(world, one_rank
     run(world, tmp_path / "out", "--keep", "1", "--steps", "3")
     run(world, tmp_path / "out", "--keep", "3", "--resume", "latest")
     with open(tmp_path / "out" / "log.jsonl", "a") as log:
-        log.write('{"step": 6, "lo')                                                                # a kill in the middle of a row
+        log.write('{"step": 6, "by_sigma": {"err_win": [1]}')                                       # a kill in the middle of a row, behind a bracket
     run(world, tmp_path / "out", "--resume", str(tmp_path / "out" / "step_000003"), "--steps", "4", "--keep", "1")
     assert (tmp_path / "out" / "latest").read_text() == "step_000004\n"                             # the new one is not pruned for being lower than step_000006
     assert sorted(p.name for p in (tmp_path / "out").glob("step_*")) == ["step_000004", "step_000006"]
@@ -168,8 +168,19 @@ def test_the_log_has_every_key_that_others_read(one_rank):
     keys = ("step loss loss_dpo loss_sft margin accuracy win_gap lose_gap err_win err_lose ref_err_win ref_err_lose dgr c_win c_lose reward_win reward_lose "
             "grad_norm lr seconds memory_gib tokens_per_second r").split()
     assert not [key for key in keys if key not in rows[0]]
+    assert rows[0]["margin_min"] == rows[0]["margin_max"] == 0 and rows[-1]["margin_min"] < rows[-1]["margin"] < rows[-1]["margin_max"]
     by_sigma = rows[1]["by_sigma"]
     assert set(by_sigma) == {"err_win", "win_gap", "lose_gap", "margin", "accuracy"} and all(len(v) == 4 for v in by_sigma.values())
+
+
+def test_the_log_says_which_folder_of_negatives_the_pairs_came_from(world, one_rank, tmp_path):
+    shutil.copytree(world / "data", tmp_path / "data")
+    shutil.copytree(tmp_path / "data" / "negatives", tmp_path / "data" / "negatives_b", ignore=lambda _, names: [name for name in names if name > "012"])
+    rows = run(world, tmp_path / "out", "--data", str(tmp_path / "data"), "--steps", "3", ranks=2)[0]
+    sources = [row["sources"] for row in rows]
+    assert all(sum(of_step.values()) == 8 for of_step in sources)                                   # 24 + 12 pairs, of which three steps see 24
+    assert 4 < sum(of_step.get("negatives_b", 0) for of_step in sources) <= 12
+    assert "sources" not in one_rank[0][0]                                                          # one folder: nothing to say
 
 
 def test_the_logged_errors_are_those_of_the_pairs_of_that_step(world, one_rank):
