@@ -1,0 +1,78 @@
+"""
+Runs a named experiment: every setting with every seed, each as one `python train.py ...` on one rank, resumably, several at a time.
+
+    python experiments/run.py losses --seeds 0 1 2 --processes 2
+
+A run that has ended is not run again, one that was killed goes on from its last checkpoint. What report.py needs of each run is kept in
+experiments/logs/EXPERIMENT/SETTING_SEED.json: the flags, the exact metrics before and after, and every fifth row of the log.
+"""
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+KEPT = ("step", "loss", "loss_dpo", "margin", "accuracy", "win_gap", "lose_gap", "dgr", "c_win", "c_lose", "err_win", "ref_err_win", "kept", "grad_norm", "saturated")
+SFT, DPO, REGDPO = ["--loss", "sft"], ["--loss", "dpo"], ["--loss", "regdpo"]
+
+EXPERIMENTS = {
+    # what each objective does with the same 512 GT-Pairs, the same steps and the same flags
+    "losses": {
+        "sft": SFT, "dpo": DPO, "regdpo": REGDPO, "regdpo_r500": [*REGDPO, "--r", "500"],
+        "dpo_cm": ["--loss", "dpo_cm"], "sdpo": ["--loss", "sdpo"], "ipo": ["--loss", "ipo"], "dpop": ["--loss", "dpop"],
+        "diffusion_sdpo": ["--loss", "diffusion_sdpo"], "linear_dpo": ["--loss", "linear_dpo"]},
+}
+
+
+def keep(out, target, flags):
+    """The run's folder -> the one small file of it that is committed."""
+    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    rows = [{name: float(f"{row[name]:.4g}") for name in KEPT if name in row} for row in rows[::5] + rows[-1:]]
+    target.parent.mkdir(parents=True, exist_ok=True)
+    config = json.loads((out / "config.json").read_text())
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    head = {"flags": flags, "torch": config["torch"], "marks": json.loads((out / "samples" / "marks.json").read_text())}
+    target.write_text(json.dumps(head)[:-1] + f', "log": [\n{lines}]}}\n')
+
+
+def run(experiment, setting, seed, common):
+    out = ROOT / "out" / "experiments" / experiment / f"{setting}_{seed}"
+    flags = [*EXPERIMENTS[experiment][setting], *common]
+    if not (out / "samples" / "marks.json").exists():
+        resume = ["--resume", "latest"] if (out / "latest").exists() else []
+        out.mkdir(parents=True, exist_ok=True)
+        if not resume:
+            (out / "log.jsonl").unlink(missing_ok=True)                       # killed before its first checkpoint
+        with open(out / "printed.txt", "a") as printed:
+            code = subprocess.run([sys.executable, "train.py", *flags, "--seed", str(seed), "--out", str(out), *resume], cwd=ROOT, stdout=printed,
+                                  stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+        if code:
+            return f"{setting} seed {seed}: FAILED, see {out / 'printed.txt'}"
+    keep(out, ROOT / "experiments" / "logs" / experiment / f"{setting}_{seed}.json", flags)
+    marks = json.loads((out / "samples" / "marks.json").read_text())["after"]
+    return f"{setting} seed {seed}: " + ", ".join(f"{name} {value:.3f}" for name, value in marks.items())
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("experiment", choices=EXPERIMENTS)
+    parser.add_argument("--settings", nargs="+", default=[], help="only these; all by default")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--processes", type=int, default=2, help="runs at a time, one core each")
+    parser.add_argument("--flags", default="", help="added to every run, such as '--steps 20'")
+    args = parser.parse_args()
+    settings = args.settings or list(EXPERIMENTS[args.experiment])
+    unknown = set(settings) - EXPERIMENTS[args.experiment].keys()
+    if unknown:
+        sys.exit(f"--settings {' '.join(sorted(unknown))}: {args.experiment} has {', '.join(EXPERIMENTS[args.experiment])}")
+    jobs = [(args.experiment, setting, seed, args.flags.split()) for seed in args.seeds for setting in settings]
+    with ThreadPoolExecutor(args.processes) as pool:
+        for done in pool.map(lambda job: run(*job), jobs):
+            print(done, flush=True)
+
+
+if __name__ == "__main__":
+    main()
