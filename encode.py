@@ -243,13 +243,13 @@ def rename(name, table):
     return name
 
 
-# Original files come without settings, which are read off the tensors here: state dict of a .pth file -> the library's state dict, settings of its class.
+# Original files come without settings, which are read off the tensors: state dict of a .pth file -> the library's state dict, settings of its class
 def text_from_original(state):
     state, first = {rename(name, TEXT_NAMES): tensor for name, tensor in state.items()}, "encoder.block.0.layer"
     buckets, heads = state[f"{first}.0.SelfAttention.relative_attention_bias.weight"].shape
     return state, {"vocab_size": len(state["shared.weight"]), "d_model": len(state["encoder.final_layer_norm.weight"]), "num_heads": heads,
                    "d_kv": len(state[f"{first}.0.SelfAttention.q.weight"]) // heads, "d_ff": len(state[f"{first}.1.DenseReluDense.wi_0.weight"]),
-                   "relative_attention_num_buckets": buckets, "feed_forward_proj": "gated-gelu", "num_layers": sum(".SelfAttention.q." in name for name in state)}
+                   "num_layers": sum(".SelfAttention.q." in name for name in state), "relative_attention_num_buckets": buckets, "feed_forward_proj": "gated-gelu"}
 
 
 def vae_from_original(state):
