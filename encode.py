@@ -249,7 +249,7 @@ def text_from_original(state):
     buckets, heads = state[f"{first}.0.SelfAttention.relative_attention_bias.weight"].shape
     return state, {"vocab_size": len(state["shared.weight"]), "d_model": len(state["encoder.final_layer_norm.weight"]), "num_heads": heads,
                    "d_kv": len(state[f"{first}.0.SelfAttention.q.weight"]) // heads, "d_ff": len(state[f"{first}.1.DenseReluDense.wi_0.weight"]),
-                   "num_layers": sum(".SelfAttention.q." in name for name in state), "relative_attention_num_buckets": buckets, "feed_forward_proj": "gated-gelu"}
+                   "relative_attention_num_buckets": buckets, "num_layers": sum("Attention.q." in name for name in state), "feed_forward_proj": "gated-gelu"}
 
 
 def vae_from_original(state):
@@ -285,7 +285,7 @@ def find_part(path, original, diffusers):
 
 
 def read_part(found, from_original):
-    """found: a .pth file, in which nothing is executed, or the config.json beside .safetensors. -> the library's state dict, settings of its class."""
+    """found: a .pth file (nothing in it is executed) or the config.json beside .safetensors -> the library's state dict, settings of its class"""
     if found.suffix == ".json":
         return {name: open_safetensors(file).get_tensor(name) for name, file in find_weights(found.parent).items()}, read_json(found)
     try:
@@ -341,8 +341,8 @@ class Encoders:
         file = find_part(self.path, "google/umt5-xxl/tokenizer.json", "tokenizer/tokenizer.json")
         # This file is all of the tokenizer. AutoTokenizer would make a T5Tokenizer, which in transformers 5 keeps only part of it.
         tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
-        if tokenizer("").input_ids != [1]:
-            raise ValueError(f"{file}: an empty text becomes {tokenizer('').input_ids}, expected [1], the end mark; not the tokenizer of UMT5")
+        if tokenizer("a").input_ids[-1:] != [1]:
+            raise ValueError(f"{file}: \"a\" becomes {tokenizer('a').input_ids}, expected the end mark, 1, in the last place; not the tokenizer of UMT5")
         found = find_part(self.path, "models_t5_umt5-xxl-enc-bf16.pth", "text_encoder/config.json")
         state, settings = read_part(found, text_from_original)
         width, vocabulary = settings.get("d_model"), settings.get("vocab_size", 0)
@@ -392,8 +392,8 @@ class Encoders:
         """video (3, F, H, W) in [-1, 1], F = 4n+1 -> latents (C, n+1, h, w), normalised: the mean of the VAE's distribution, no draw from it."""
         if video.ndim != 4 or len(video) != 3 or video.shape[1] % 4 != 1 or video.shape[2] % self.multiple or video.shape[3] % self.multiple \
                 or not video.abs().max() <= 1:
-            raise ValueError(f"a video of {tuple(video.shape)}, values from {video.min():g} to {video.max():g}; expected 3 channels, 4n+1 frames, height and "
-                             f"width multiples of {self.multiple}, values in [-1, 1]")
+            raise ValueError(f"a video of {tuple(video.shape)}, values from {video.min():g} to {video.max():g}; expected 3 channels, 4n+1 frames, height "
+                             f"and width multiples of {self.multiple}, values in [-1, 1]")
         vae, mean, std = self.part("vae")
         return ((vae.encode(video[None].to(self.device, torch.float32)).latent_dist.mode()[0] - mean) / std).cpu()
 
@@ -493,9 +493,9 @@ def plan(args):
 
 def encode_folder(args):
     for name in ("fps", "frames", "clips_per_video", "stride_frames", "limit"):
-        value, least = getattr(args, name), "a number above 0" if name in ("fps", "frames") else "0 (no limit) or more"
-        if value < 0 or value == 0 and least != "0 (no limit) or more":
-            raise ValueError(f"--{name} {value}: expected {least}")
+        value, positive = getattr(args, name), name in ("fps", "frames")
+        if value < 0 or positive and value == 0:
+            raise ValueError(f"--{name} {value}: expected {'a number above 0' if positive else '0 (no limit) or more'}")
     if args.encoder == "pixel":   # any number of frames; blocks of 4x4 pixels in the model's patches of 2x2
         check_clip(args.encoder, args.frames, args.size, step=1, multiple=2 * toy.BLOCK)
         parts, encode_video, encode_text, conditions = (), toy.encode_pixels, toy.encode_text, lambda video: {}
