@@ -373,9 +373,9 @@ def test_stems_are_safe_and_never_meet(tmp_path):
     assert all(len(stem) < 100 and set(stem) <= set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_-") for stem in stems)
 
 
-def test_decoding_refuses_what_the_pixel_codec_did_not_write(tmp_path):
-    write_sample(tmp_path / "a.safetensors", torch.zeros(16, 2, 4, 4), torch.zeros(1, 5), {})
-    assert "a.safetensors: latents (16, 2, 4, 4) of encoder pixel; only pixel (12 channels)" in refusal(run, "--decode", tmp_path, "--out", tmp_path / "look")
+def test_decoding_refuses_what_no_encoder_here_wrote(tmp_path):
+    write_sample(tmp_path / "a.safetensors", torch.zeros(4, 2, 4, 4), torch.zeros(1, 5), {})
+    assert "a.safetensors: latents of 4 channels; 12 (pixel) can be decoded, and" in refusal(run, "--decode", tmp_path, "--out", tmp_path / "look")
     assert f"{tmp_path}/empty: no such folder" in refusal(run, "--decode", tmp_path / "empty", "--out", tmp_path / "look")
 
 
