@@ -6,6 +6,7 @@ Samplers, and their command line: videos of prompts, and the losing half of GT-P
 """
 import argparse
 import hashlib
+import math
 import os
 import sys
 from pathlib import Path
@@ -16,13 +17,71 @@ from tqdm import tqdm
 import toy
 from data import contact_sheet, read_header, read_sample, sample_files, write_sample
 from losses import shift_sigma
-from model import load_wan, open_wan
+from model import hold_first_frame, load_wan, open_wan
 
 
-def sigma_grid(steps, flow_shift):
-    """The steps + 1 sigmas of a sampler, from 1 to 0: the uniform grid 1 - i / steps, shifted. (steps + 1,) float32."""
-    return shift_sigma(torch.linspace(1, 0, steps + 1, dtype=torch.float64), flow_shift).float()
+# ------------------------------------------------------------------------------------------------------------------
+# solvers: velocity(x, i) is the model's answer at sigmas[i]; x from pure noise to clean latents
 
+def sigma_grid(steps, flow_shift, solver="euler"):
+    """
+    The steps + 1 sigmas of a sampler, descending to 0. euler: 1 - i / steps, shifted. unipc: 0.999 (1 - i / steps), shifted, the official grid.
+    (diffusers' own default, 1 - 0.999 i / steps, is another: it ends on other timesteps, 96 and not 92 for 50 steps at shift 5.)
+    """
+    if solver == "euler":
+        return shift_sigma(torch.linspace(1, 0, steps + 1, dtype=torch.float64), flow_shift).float().tolist()
+    start = torch.tensor(0.999).item()       # the float32 number, a little above: with 0.999 itself, 888 can come out as 887.99 and be cut to 887
+    return shift_sigma(start * torch.linspace(1, 0, steps + 1, dtype=torch.float64), flow_shift).tolist()
+
+
+def euler(velocity, x, sigmas):
+    """x <- x + (sigma_next - sigma) * v"""
+    for i in range(len(sigmas) - 1):
+        x = x + (sigmas[i + 1] - sigmas[i]) * velocity(x, i)
+    return x
+
+
+def unipc(velocity, x, sigmas):
+    """
+    UniPC (Zhao et al. 2023, arXiv 2302.04867) of order 2 with B(h) = e^-h - 1 ("bh2"), on predictions of the clean latents. With
+    lam = log((1 - sigma) / sigma), and for the step from a to b: h = lam_b - lam_a, phi = e^-h - 1,
+
+        clean = x - sigma * v
+        x_b = sigma_b / sigma_a * x_a - (1 - sigma_b) * phi * (clean_a + bend)
+
+    The predictor takes bend from the step before (0 on the first step and on the last, which is of order 1). Then v is asked for at b, and the
+    corrector makes the same step again with a bend that knows clean_b; clean_b is not asked for again.
+    """
+    steps = len(sigmas) - 1
+    lam = [math.log((1 - sigma) / sigma) if sigma > 0 else math.inf for sigma in sigmas]
+    step = lambda x, bend, a, b: sigmas[b] / sigmas[a] * x - (1 - sigmas[b]) * math.expm1(lam[a] - lam[b]) * (clean[a] + bend)
+    clean, order = {}, 0
+    for i in range(steps):
+        clean[i] = x - sigmas[i] * velocity(x, i)
+        if i > 0:                                                             # correct the step from i - 1, which began at `start`
+            h = lam[i] - lam[i - 1]
+            phi = math.expm1(-h)
+            if order == 1:
+                bend = 0.5 * (clean[i] - clean[i - 1])
+            else:                                                             # rho solves [[1, 1], [r, 1]] rho = [b1, b2]
+                r = (lam[i - 2] - lam[i - 1]) / h
+                k = phi / -h - 1
+                b1, b2 = k / phi, 2 * (k / -h - 0.5) / phi
+                rho = (b1 - b2) / (1 - r)
+                bend = rho / r * (clean[i - 2] - clean[i - 1]) + (b1 - rho) * (clean[i] - clean[i - 1])
+            x = step(start, bend, i - 1, i)
+        order = min(2, i + 1, steps - i)
+        bend = 0 if order == 1 else 0.5 * (clean[i - 1] - clean[i]) * (lam[i + 1] - lam[i]) / (lam[i - 1] - lam[i])
+        start, x = x, step(x, bend, i, i + 1)
+        clean.pop(i - 2, None)
+    return x
+
+
+SOLVERS = {"euler": euler, "unipc": unipc}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# generation
 
 def seed_of(*parts):
     """A seed from anything printable, the same on every machine: sha256, 63 bits."""
@@ -30,35 +89,60 @@ def seed_of(*parts):
 
 
 @torch.no_grad()
-def generate(model, context, seeds, shape, steps, flow_shift, guidance, negative=None, device=None, **conditions):
+def generate(model, context, seeds, shape, steps, flow_shift, guidance, negative=None, device=None, solver="euler",
+             low=None, low_guidance=0.0, boundary=0.0, first_latent=None, **conditions):
     """
-    Euler along the flow with classifier-free guidance.
-
-        v = v_negative + guidance * (v_positive - v_negative);   x <- x + (sigma_next - sigma) * v
+    From noise to latents with classifier-free guidance, v = v_negative + guidance * (v_positive - v_negative).
 
     context: list of B tensors (T, D); negative: context (T, D) of the unconditional branch, by default no rows (zeros, as for an empty caption).
     seeds: B integers, one noise each, so a video does not depend on the batch it was made in. shape (C, F, H, W). guidance 1: one forward a step.
-    conditions: what the variant needs beside the text, (B, ...) each. device: where it computes, if its parameters live elsewhere (offloaded).
+    solver: euler gives the model timestep 1000 * sigma; unipc cuts it to a whole number, as the official sampler (and diffusers) do.
+    low: the low-noise expert of Wan2.2 A14B, with guidance low_guidance (0: the same), for timesteps below 1000 * boundary, shifted as the model
+    gets them. If it lives on another device than the model (the CPU), the two change places there, and back at the end.
+    conditions: what the variant needs beside the text, (B, ...) each, the same in both branches; first_latent (B, C, 1, H, W) is TI2V's frame 0.
+    device: where it computes, if its parameters live elsewhere (offloaded).
     Returns latents (B, C, F, H, W) float32 on that device.
     """
+    if solver not in SOLVERS:
+        raise ValueError(f"solver {solver!r}: expected one of {', '.join(SOLVERS)}")
+    if low is not None and not 0 < boundary < 1:
+        raise ValueError(f"boundary {boundary}: two experts need a sigma between 0 and 1 to change at, such as 0.875 (t2v) or 0.9 (i2v)")
     device = device or next(model.parameters()).device
+    low_guidance = low_guidance if low is not None and low_guidance else guidance
+    branches = 1 if guidance == low_guidance == 1 else 2
     negative = torch.zeros(0, context[0].shape[1]) if negative is None else negative
-    rows = list(context) + ([negative] * len(context) if guidance != 1 else [])
+    rows = list(context) + [negative] * len(context) * (branches - 1)
     padded = torch.zeros(len(rows), max(1, *(len(row) for row in rows)), rows[0].shape[1])         # (B or 2B, T, D)
     for i, row in enumerate(rows):
         padded[i, :len(row)] = row
     padded = padded.to(device)
+    conditions = {name: torch.cat([value] * branches).to(device) for name, value in conditions.items()}
+    first_latent = None if first_latent is None else first_latent.to(device, torch.float32)
+
+    sigmas = sigma_grid(steps, flow_shift, solver)
+    timesteps = [1000 * sigma if solver == "euler" else int(1000 * sigma) for sigma in sigmas[:-1]]
+    first_low = next((i for i, timestep in enumerate(timesteps) if low is not None and timestep < 1000 * boundary), steps)
+    home = device if low is None else next(low.parameters()).device
+    exchange = home != device and first_low < steps
+
+    def velocity(x, i):
+        if i == first_low and exchange:
+            model.to(home), low.to(device)                                    # in this order: the two together may be too large
+        timestep = torch.full((len(x),), timesteps[i], dtype=torch.float32, device=device)
+        if first_latent is not None:
+            x, timestep = hold_first_frame(x, timestep, first_latent, model.config.patch_size)
+        v = (model if i < first_low else low)(torch.cat([x] * branches), torch.cat([timestep] * branches), padded, **conditions)
+        if branches == 1:
+            return v
+        v_positive, v_negative = v.chunk(2)
+        return v_negative + (guidance if i < first_low else low_guidance) * (v_positive - v_negative)
+
     x = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(device)
-    repeat = 2 if guidance != 1 else 1
-    conditions = {name: torch.cat([value] * repeat).to(device) for name, value in conditions.items()}
-    sigmas = sigma_grid(steps, flow_shift)
-    for sigma, sigma_next in zip(sigmas[:-1].tolist(), sigmas[1:].tolist()):
-        timestep = torch.full((len(rows),), 1000 * sigma, device=device)
-        v = model(torch.cat([x] * repeat), timestep, padded, **conditions)
-        if guidance != 1:
-            v_positive, v_negative = v.chunk(2)
-            v = v_negative + guidance * (v_positive - v_negative)
-        x = x + (sigma_next - sigma) * v
+    x = SOLVERS[solver](velocity, x, sigmas)
+    if exchange:
+        low.to(home), model.to(device)
+    if first_latent is not None:                     # the solvers work on each element alone: once at the end is as good as after every step
+        x[:, :, :1] = first_latent
     return x
 
 
