@@ -114,7 +114,7 @@ def test_guidance_moves_from_the_unconditional_to_beyond_the_conditional():
 
 
 class Expert(torch.nn.Module):
-    """Writes down what it is asked; v = 1 with a caption, 0 without. It must be on the CPU to be asked, which plays the GPU; meta plays the CPU."""
+    """Writes down what it is asked; v = 1 with a caption, 0 without. It answers on the CPU only, which plays the GPU; meta plays the CPU."""
     def __init__(self, name, log, device="cpu"):
         super().__init__()
         self.name, self.log, self.place = name, log, torch.nn.Parameter(torch.zeros(1, device=device))
@@ -312,4 +312,3 @@ def test_bad_flags_are_refused_with_what_to_do(base, flags, words):
 def test_a_missing_or_broken_model_is_named(tmp_path):
     with pytest.raises(ValueError, match="nowhere"):
         sample.main(sample.parse_args(["--init", "nowhere", "--prompts", "a"]))
-
