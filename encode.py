@@ -173,6 +173,17 @@ def fit(picture, size, pixel_aspect=1.0):
     return picture[:, top:top + height, left:left + width]
 
 
+def read_image(path, size):
+    """A picture file -> (3, H, W) in [-1, 1], upright, scaled to cover size = (H, W) and cropped at the centre."""
+    from PIL import Image, ImageOps                      # diffusers brings it
+    try:
+        with Image.open(path) as image:
+            pixels = np.array(ImageOps.exif_transpose(image).convert("RGB"))                               # (h, w, 3)
+    except (OSError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path}: not a picture that can be read ({error}); expected png, jpg, webp, ...") from error
+    return fit(rearrange(torch.from_numpy(pixels), "h w c -> c h w") / 127.5 - 1, size)
+
+
 def read_clips(path, picks, starts, frames, size):
     """
     Yields (start, video (3, F, H, W) in [-1, 1]) for every start, ascending, in one pass over the file; holds only the clips under way.

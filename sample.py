@@ -2,13 +2,19 @@
 Samplers, and their command line: videos of prompts, and the losing half of GT-Pairs.
 
     python sample.py --prompts "small red circle moving fast left" --init toy_base --out samples
+    python sample.py --prompts "a cat on a surfboard" --init Wan2.1-T2V-1.3B --out samples                 # an original or a diffusers folder
+    python sample.py --prompts "the cat jumps" --image cat.png --init Wan2.2-I2V-A14B --out samples        # both experts are found
     torchrun --nproc_per_node=8 sample.py --pairs DATA --init MODEL        # DATA/real/*.safetensors -> DATA/negatives/*.safetensors
+
+What is not given (0 or auto) is as the model's authors have it, by variant: DEFAULTS below.
 """
 import argparse
 import hashlib
+import math
 import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from tqdm import tqdm
@@ -16,13 +22,89 @@ from tqdm import tqdm
 import toy
 from data import contact_sheet, read_header, read_sample, sample_files, write_sample
 from losses import shift_sigma
-from model import load_wan, open_wan
+from model import hold_first_frame, load_wan, open_wan
+
+# As the official command lines do it, by model type; "a14b": two experts. guidance and low_guidance: high-noise and low-noise expert (the official
+# pair is the other way round). 480p where there is a choice: it is what every one of them can do.
+WAN = dict(solver="unipc", steps=50, flow_shift=5.0, guidance=5.0, low_guidance=0.0, boundary=0.0, batch_size=1, fps=16, frames=81, size=[480, 832])
+DEFAULTS = {
+    "t2v": WAN,
+    "i2v": WAN | dict(steps=40, flow_shift=3.0),                               # 5.0 above 480p: settle()
+    "flf2v": WAN | dict(flow_shift=16.0),
+    "ti2v": WAN | dict(fps=24, frames=121, size=[704, 1280]),
+    "t2v a14b": WAN | dict(steps=40, flow_shift=12.0, guidance=4.0, low_guidance=3.0, boundary=0.875),
+    "i2v a14b": WAN | dict(steps=40, guidance=3.5, low_guidance=3.5, boundary=0.9),
+    "embedded": WAN | dict(solver="euler", steps=20, flow_shift=3.0, guidance=1.0, batch_size=64, fps=8, frames=toy.FRAMES, size=[toy.SIDE, toy.SIDE]),
+}
+# Of Wan2.1's image models, before the sentence that all share: "shaking camera", "scene cut".
+NEGATIVE_PREFIX = {"i2v": "镜头晃动，", "flf2v": "镜头切换，镜头晃动，"}
+EXPERTS = (("high_noise_model", "low_noise_model"), ("transformer", "transformer_2"))                # original and diffusers folders: high, low
+# In the metadata of negatives: what they are made with.
+SETTINGS = ("model", "seed", "steps", "flow_shift", "guidance", "solver", "low_guidance", "boundary", "negative_prompt")
 
 
-def sigma_grid(steps, flow_shift):
-    """The steps + 1 sigmas of a sampler, from 1 to 0: the uniform grid 1 - i / steps, shifted. (steps + 1,) float32."""
-    return shift_sigma(torch.linspace(1, 0, steps + 1, dtype=torch.float64), flow_shift).float()
+# ------------------------------------------------------------------------------------------------------------------
+# solvers: velocity(x, i) is the model's answer at sigmas[i]; x from pure noise to clean latents
 
+def sigma_grid(steps, flow_shift, solver="euler"):
+    """
+    The steps + 1 sigmas of a sampler, descending to 0. euler: 1 - i / steps, shifted. unipc: 0.999 (1 - i / steps), shifted, the official grid.
+    (diffusers' own default, 1 - 0.999 i / steps, is another: it ends on other timesteps, 96 and not 92 for 50 steps at shift 5.)
+    """
+    if solver == "euler":
+        return shift_sigma(torch.linspace(1, 0, steps + 1, dtype=torch.float64), flow_shift).float().tolist()
+    start = torch.tensor(0.999).item()       # the float32 number, a little above: with 0.999 itself, 888 can come out as 887.99 and be cut to 887
+    return shift_sigma(start * torch.linspace(1, 0, steps + 1, dtype=torch.float64), flow_shift).tolist()
+
+
+def euler(velocity, x, sigmas):
+    """x <- x + (sigma_next - sigma) * v"""
+    for i in range(len(sigmas) - 1):
+        x = x + (sigmas[i + 1] - sigmas[i]) * velocity(x, i)
+    return x
+
+
+def unipc(velocity, x, sigmas):
+    """
+    UniPC (Zhao et al. 2023, arXiv 2302.04867) of order 2 with B(h) = e^-h - 1 ("bh2"), on predictions of the clean latents. With
+    lam = log((1 - sigma) / sigma), and for the step from a to b: h = lam_b - lam_a, phi = e^-h - 1,
+
+        clean = x - sigma * v
+        x_b = sigma_b / sigma_a * x_a - (1 - sigma_b) * phi * (clean_a + bend)
+
+    The predictor takes bend from the step before (0 on the first step and on the last, which is of order 1). Then v is asked for at b, and the
+    corrector makes the same step again with a bend that knows clean_b; clean_b is not asked for again.
+    """
+    steps = len(sigmas) - 1
+    lam = [math.log((1 - sigma) / sigma) if sigma > 0 else math.inf for sigma in sigmas]
+    step = lambda x, bend, a, b: sigmas[b] / sigmas[a] * x - (1 - sigmas[b]) * math.expm1(lam[a] - lam[b]) * (clean[a] + bend)
+    clean, order = {}, 0
+    for i in range(steps):
+        clean[i] = x - sigmas[i] * velocity(x, i)
+        if i > 0:                                                             # correct the step from i - 1, which began at `start`
+            h = lam[i] - lam[i - 1]
+            phi = math.expm1(-h)
+            if order == 1:
+                bend = 0.5 * (clean[i] - clean[i - 1])
+            else:                                                             # rho solves [[1, 1], [r, 1]] rho = [b1, b2]
+                r = (lam[i - 2] - lam[i - 1]) / h
+                k = phi / -h - 1
+                b1, b2 = k / phi, 2 * (k / -h - 0.5) / phi
+                rho = (b1 - b2) / (1 - r)
+                bend = rho / r * (clean[i - 2] - clean[i - 1]) + (b1 - rho) * (clean[i] - clean[i - 1])
+            x = step(start, bend, i - 1, i)
+        order = min(2, i + 1, steps - i)
+        bend = 0 if order == 1 else 0.5 * (clean[i - 1] - clean[i]) * (lam[i + 1] - lam[i]) / (lam[i - 1] - lam[i])
+        start, x = x, step(x, bend, i, i + 1)
+        clean.pop(i - 2, None)
+    return x
+
+
+SOLVERS = {"euler": euler, "unipc": unipc}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# generation
 
 def seed_of(*parts):
     """A seed from anything printable, the same on every machine: sha256, 63 bits."""
@@ -30,35 +112,60 @@ def seed_of(*parts):
 
 
 @torch.no_grad()
-def generate(model, context, seeds, shape, steps, flow_shift, guidance, negative=None, device=None, **conditions):
+def generate(model, context, seeds, shape, steps, flow_shift, guidance, negative=None, device=None, solver="euler",
+             low=None, low_guidance=0.0, boundary=0.0, first_latent=None, **conditions):
     """
-    Euler along the flow with classifier-free guidance.
-
-        v = v_negative + guidance * (v_positive - v_negative);   x <- x + (sigma_next - sigma) * v
+    From noise to latents with classifier-free guidance, v = v_negative + guidance * (v_positive - v_negative).
 
     context: list of B tensors (T, D); negative: context (T, D) of the unconditional branch, by default no rows (zeros, as for an empty caption).
     seeds: B integers, one noise each, so a video does not depend on the batch it was made in. shape (C, F, H, W). guidance 1: one forward a step.
-    conditions: what the variant needs beside the text, (B, ...) each. device: where it computes, if its parameters live elsewhere (offloaded).
+    solver: euler gives the model timestep 1000 * sigma; unipc cuts it to a whole number, as the official sampler (and diffusers) do.
+    low: the low-noise expert of Wan2.2 A14B, with guidance low_guidance (0: the same), for timesteps below 1000 * boundary, shifted as the model
+    gets them. If it lives on another device than the model (the CPU), the two change places there, and back at the end.
+    conditions: what the variant needs beside the text, (B, ...) each, the same in both branches; first_latent (B, C, 1, H, W) is TI2V's frame 0.
+    device: where it computes, if its parameters live elsewhere (offloaded).
     Returns latents (B, C, F, H, W) float32 on that device.
     """
+    if solver not in SOLVERS:
+        raise ValueError(f"solver {solver!r}: expected one of {', '.join(SOLVERS)}")
+    if low is not None and not 0 < boundary < 1:
+        raise ValueError(f"boundary {boundary}: two experts need a sigma between 0 and 1 to change at, such as 0.875 (t2v) or 0.9 (i2v)")
     device = device or next(model.parameters()).device
+    low_guidance = low_guidance if low is not None and low_guidance else guidance
+    branches = 1 if guidance == low_guidance == 1 else 2
     negative = torch.zeros(0, context[0].shape[1]) if negative is None else negative
-    rows = list(context) + ([negative] * len(context) if guidance != 1 else [])
+    rows = list(context) + [negative] * len(context) * (branches - 1)
     padded = torch.zeros(len(rows), max(1, *(len(row) for row in rows)), rows[0].shape[1])         # (B or 2B, T, D)
     for i, row in enumerate(rows):
         padded[i, :len(row)] = row
     padded = padded.to(device)
+    conditions = {name: torch.cat([value] * branches).to(device) for name, value in conditions.items()}
+    first_latent = None if first_latent is None else first_latent.to(device, torch.float32)
+
+    sigmas = sigma_grid(steps, flow_shift, solver)
+    timesteps = [1000 * sigma if solver == "euler" else int(1000 * sigma) for sigma in sigmas[:-1]]
+    first_low = next((i for i, timestep in enumerate(timesteps) if low is not None and timestep < 1000 * boundary), steps)
+    home = device if low is None else next(low.parameters()).device
+    exchange = home != device and first_low < steps
+
+    def velocity(x, i):
+        if i == first_low and exchange:
+            model.to(home), low.to(device)                                    # in this order: the two together may be too large
+        timestep = torch.full((len(x),), timesteps[i], dtype=torch.float32, device=device)
+        if first_latent is not None:
+            x, timestep = hold_first_frame(x, timestep, first_latent, model.config.patch_size)
+        v = (model if i < first_low else low)(torch.cat([x] * branches), torch.cat([timestep] * branches), padded, **conditions)
+        if branches == 1:
+            return v
+        v_positive, v_negative = v.chunk(2)
+        return v_negative + (guidance if i < first_low else low_guidance) * (v_positive - v_negative)
+
     x = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(device)
-    repeat = 2 if guidance != 1 else 1
-    conditions = {name: torch.cat([value] * repeat).to(device) for name, value in conditions.items()}
-    sigmas = sigma_grid(steps, flow_shift)
-    for sigma, sigma_next in zip(sigmas[:-1].tolist(), sigmas[1:].tolist()):
-        timestep = torch.full((len(rows),), 1000 * sigma, device=device)
-        v = model(torch.cat([x] * repeat), timestep, padded, **conditions)
-        if guidance != 1:
-            v_positive, v_negative = v.chunk(2)
-            v = v_negative + guidance * (v_positive - v_negative)
-        x = x + (sigma_next - sigma) * v
+    x = SOLVERS[solver](velocity, x, sigmas)
+    if exchange:
+        low.to(home), model.to(device)
+    if first_latent is not None:                     # the solvers work on each element alone: once at the end is as good as after every step
+        x[:, :, :1] = first_latent
     return x
 
 
@@ -76,15 +183,20 @@ def weights_digest(path):
 
 
 def make_negatives(model, model_name, folder, name="negatives", per_sample=1, seed=0, steps=20, flow_shift=3.0, guidance=1.0, batch_size=64,
-                   rank=0, world=1):
+                   rank=0, world=1, solver="euler", low=None, low_guidance=0.0, boundary=0.0, negative=None, negative_prompt=""):
     """
-    The losing half of GT-Pairs: for every folder/real/STEM.safetensors the model's own clip of the same caption, as folder/NAME/STEM.safetensors
-    (NAME_1, NAME_2 ... for more per sample). Each file's noise depends on (seed, stem, k) only, so any number of ranks makes the same files.
+    The losing half of GT-Pairs: for every folder/real/STEM.safetensors the model's own clip of the same caption and conditions, as
+    folder/NAME/STEM.safetensors (NAME_1, NAME_2 ... for more per sample). Each file's noise depends on (seed, stem, k) only, so any number of ranks
+    makes the same files. Conditions are not written again: training takes the real sample's for both. negative_prompt: the text of `negative`.
 
     Files that are there are kept: a killed run goes on where it stopped, and files appear whole. Returns how many this rank made.
     Raises ValueError if a file that is there was made with other settings.
     """
-    settings = {"model": model_name, "seed": str(seed), "steps": str(steps), "flow_shift": str(flow_shift), "guidance": str(guidance)}
+    settings = {"model": model_name, "seed": seed, "steps": steps, "flow_shift": flow_shift, "guidance": guidance}
+    settings |= {"solver": solver} if solver != "euler" else {}               # what is not there is the default, so that older files stay good
+    settings |= {"low_guidance": low_guidance, "boundary": boundary} if low is not None else {}
+    settings |= {"negative_prompt": negative_prompt} if negative_prompt else {}
+    settings = {key: str(value) for key, value in settings.items()}
     every = [(path, k) for path in sample_files(Path(folder) / "real") for k in range(per_sample)]
     mine = []
     for path, k in every[rank::world]:                                        # by place, not by what is missing: ranks look at different moments
@@ -92,21 +204,21 @@ def make_negatives(model, model_name, folder, name="negatives", per_sample=1, se
         if not target.exists():
             mine.append((path, target, k))
             continue
-        found = {key: read_header(target)["metadata"].get(key) for key in settings}
+        found = {key: value for key, value in read_header(target)["metadata"].items() if key in SETTINGS}
         if found != settings:
             raise ValueError(f"{target} was made with {found}, but now {settings} is asked for; give these negatives another --name, or delete that folder")
     bar = tqdm(total=len(mine), desc=f"negatives ({world} ranks)" if world > 1 else "negatives", unit="clip", disable=rank != 0 or not mine)
     for start in range(0, len(mine), batch_size):
         part = mine[start:start + batch_size]
         reals = [read_sample(path) for path, _, _ in part]
-        shape = reals[0]["latents"].shape
-        for (path, _, _), real in zip(part, reals):
-            if real["latents"].shape != shape:
-                raise ValueError(f"{path}: latents are {tuple(real['latents'].shape)}, those of {part[0][0]} are {tuple(shape)}; "
-                                 f"use --batch_size 1 for clips of several sizes")
-        conditions = {key: torch.stack([real[key] for real in reals]) for key in reals[0] if key not in ("latents", "context", "metadata")}
+        shapes = [{key: tuple(real[key].shape) for key in real if key not in ("context", "metadata")} for real in reals]
+        for (path, _, _), found in zip(part, shapes):
+            if found != shapes[0]:
+                raise ValueError(f"{path} has {found}, but {part[0][0]} has {shapes[0]}; use --batch_size 1 for samples that differ")
+        conditions = {key: torch.stack([real[key] for real in reals]) for key in shapes[0] if key != "latents"}
         seeds = [seed_of(seed, path.stem, k) for path, _, k in part]
-        latents = generate(model, [real["context"].float() for real in reals], seeds, shape, steps, flow_shift, guidance, **conditions).cpu()
+        latents = generate(model, [real["context"].float() for real in reals], seeds, shapes[0]["latents"], steps, flow_shift, guidance, negative,
+                           solver=solver, low=low, low_guidance=low_guidance, boundary=boundary, **conditions).cpu()
         for (path, target, k), real, value, noise_seed in zip(part, reals, latents, seeds):
             kept = {key: real["metadata"][key] for key in ("prompt", "encoder", "fps") if key in real["metadata"]}
             metadata = settings | kept | {"source": f"generated for {path.name}", "noise_seed": str(noise_seed)}
@@ -116,27 +228,102 @@ def make_negatives(model, model_name, folder, name="negatives", per_sample=1, se
     return len(mine)
 
 
+# ------------------------------------------------------------------------------------------------------------------
+# command line
+
 def parse_args(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("--init", default="toy_base", help="weights: an original or diffusers folder, or a single file")
+    p.add_argument("--init", default="toy_base", help="weights: an original or diffusers folder, or a single file; for A14B the folder with both experts")
+    p.add_argument("--weights", default="", help="folder with Wan's text encoder, tokenizer, VAE (and CLIP); by default that of --init")
     # what to make
     p.add_argument("--prompts", nargs="+", default=[], help="prompts, or one .txt file with a prompt a line")
     p.add_argument("--pairs", default="", help="folder with real/*.safetensors: make a negative for each")
     # prompts
+    p.add_argument("--image", nargs="+", default=[], help="first frame: a picture for all prompts, or one for each (i2v, flf2v, ti2v)")
+    p.add_argument("--last_image", nargs="+", default=[], help="last frame, likewise (flf2v)")
     p.add_argument("--out", default="samples", help="folder for the videos of --prompts")
-    p.add_argument("--size", type=int, nargs=4, default=[toy.CHANNELS, toy.FRAMES, toy.SIDE // toy.BLOCK, toy.SIDE // toy.BLOCK],
-                   metavar=("C", "F", "H", "W"), help="latents of --prompts")
-    p.add_argument("--fps", type=int, default=8, help="of the mp4 files")
+    p.add_argument("--frames", type=int, default=0)
+    p.add_argument("--size", type=int, nargs=2, default=[0, 0], metavar=("H", "W"), help="pixels; pictures are scaled to cover it, then cropped")
+    p.add_argument("--fps", type=int, default=0, help="of the mp4 files")
     # pairs
     p.add_argument("--name", default="negatives", help="folder of the negatives; must start with 'negatives'")
     p.add_argument("--per_sample", type=int, default=1, help="negatives for every real sample")
-    # sampler
-    p.add_argument("--steps", type=int, default=20)
-    p.add_argument("--flow_shift", type=float, default=3.0)
-    p.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance; 1 is none: the model's own distribution, which a loser should be from")
+    # sampler; 0 and auto: as the model's authors do
+    p.add_argument("--solver", default="auto", help="euler, unipc")
+    p.add_argument("--steps", type=int, default=0)
+    p.add_argument("--flow_shift", type=float, default=0.0)
+    p.add_argument("--guidance", type=float, default=0.0, help="classifier-free guidance; 1 is none, and the default of --pairs: the model's own "
+                                                               "distribution, which a loser should be from")
+    p.add_argument("--low_guidance", type=float, default=0.0, help="of the low-noise expert; where --guidance is given: the same")
+    p.add_argument("--boundary", type=float, default=0.0, help="sigma at which the low-noise expert takes over")
+    p.add_argument("--negative_prompt", default="official", help="text of the unconditional branch")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--batch_size", type=int, default=64)
+    p.add_argument("--batch_size", type=int, default=0)
     return p.parse_args(argv)
+
+
+def find_experts(path):
+    """--init -> weights of the model, or of the high-noise expert; weights of the low-noise expert or None."""
+    path = Path(path)
+    for high, low in EXPERTS:
+        if path.name in (high, low) and (path.parent / low).is_dir():
+            raise ValueError(f"--init {path}: one of two experts, which sample together; give {path.parent}")
+        if (path / low).is_dir():
+            return path / high, path / low
+    return path, None
+
+
+def settle(args, config, two_experts):
+    """Fills what was not given with DEFAULTS of the variant, in args. Raises ValueError for what this model cannot do."""
+    embedded = config.out_dim == toy.CHANNELS
+    variant = "embedded" if embedded else config.model_type + (" a14b" if two_experts else "")
+    if variant not in DEFAULTS:
+        raise ValueError(f"--init {args.init}: two experts of type {config.model_type}; expected t2v or i2v")
+    if not two_experts and (args.boundary or args.low_guidance):
+        raise ValueError(f"--boundary and --low_guidance are for two experts, and {args.init} is one model")
+    args.guidance = args.guidance or (1.0 if args.pairs else 0.0)
+    args.low_guidance = args.low_guidance or args.guidance
+    if variant == "i2v" and args.size[0] * args.size[1] > 480 * 832:
+        args.flow_shift = args.flow_shift or 5.0
+    for name, value in DEFAULTS[variant].items():
+        if getattr(args, name) in (0, "auto", [0, 0]):
+            setattr(args, name, value)
+    args.low_guidance = args.low_guidance or args.guidance
+    if args.solver not in SOLVERS:
+        raise ValueError(f"--solver {args.solver}: expected {' or '.join(SOLVERS)}")
+    for name in ("steps", "flow_shift", "fps", "batch_size", "per_sample"):
+        if not getattr(args, name) > 0:
+            raise ValueError(f"--{name} {getattr(args, name)}: expected a number above 0")
+    if two_experts and not 0 < args.boundary < 1:
+        raise ValueError(f"--boundary {args.boundary}: expected a sigma between 0 and 1; 0.875 for Wan2.2-T2V-A14B, 0.9 for Wan2.2-I2V-A14B")
+    if args.negative_prompt == "official":
+        args.negative_prompt = ""                                             # of the embedded world
+        if not embedded:
+            from encode import NEGATIVE_PROMPT
+            args.negative_prompt = NEGATIVE_PREFIX.get(variant, "") + NEGATIVE_PROMPT
+
+
+def check_samples(files, config):
+    """The headers of all files: latents, context and conditions must be what a model of this config takes. Raises ValueError."""
+    for path in files:
+        header = read_header(path)
+        shape = tuple(header["latents"].shape)
+        if shape[0] != config.out_dim or any(size % patch for size, patch in zip(shape[1:], config.patch_size)):
+            raise ValueError(f"{path}: latents are {shape}; this {config.model_type} model takes {config.out_dim} channels and F, H, W that are "
+                             f"multiples of {config.patch_size}; encode for this model, or choose another --init")
+        if header["context"].shape[1] != config.text_dim:
+            raise ValueError(f"{path}: context has width {header['context'].shape[1]}; this model takes {config.text_dim}; encode with its text encoder")
+        takes = {}
+        if config.in_dim > config.out_dim:
+            takes["y"] = (config.in_dim - config.out_dim, *shape[1:])
+        if config.image_dim:
+            takes["clip_features"] = (config.image_pos_len or 257, config.image_dim)
+        found = {name: tuple(header[name].shape) for name in header if name not in ("latents", "context", "metadata")}
+        if config.model_type == "ti2v" and "first_latent" in found:           # which it can do with and without
+            takes["first_latent"] = (shape[0], 1, *shape[2:])
+        if found != takes:
+            raise ValueError(f"{path}: its conditions are {found or 'none'}; this {config.model_type} model takes {takes or 'none'}; "
+                             "encode the videos for this model (encode.py --model), or choose another --init")
 
 
 def read_prompts(prompts):
@@ -150,52 +337,131 @@ def read_prompts(prompts):
     return prompts
 
 
+def image_files(args, config, count):
+    """--image and --last_image -> [(first, last)] for each of the prompts, "" where there is none. Raises ValueError where they do not fit the model."""
+    kind = config.model_type
+    if kind == "t2v" and args.image:
+        raise ValueError(f"--image: {args.init} is a text-to-video model and takes no picture")
+    if kind in ("i2v", "flf2v") and not args.image:
+        raise ValueError(f"--image is missing: {args.init} is an {kind} model and needs the first frame of every video")
+    if kind == "flf2v" and not args.last_image:
+        raise ValueError(f"--last_image is missing: {args.init} is an flf2v model and needs the first and the last frame of every video")
+    if kind != "flf2v" and args.last_image:
+        raise ValueError(f"--last_image: {args.init} is a {kind} model; only flf2v models take a last frame")
+    columns = []
+    for flag, files in (("--image", args.image or [""]), ("--last_image", args.last_image or [""])):
+        if len(files) not in (1, count):
+            raise ValueError(f"{flag}: {len(files)} pictures for {count} prompts; expected one, or one for each")
+        for file in files:
+            if file and not Path(file).is_file():
+                raise ValueError(f"{flag} {file}: no such file")
+        columns.append(files * (count // len(files)))
+    return list(zip(*columns))
+
+
+def open_codecs(args, config, device):
+    """What turns text, pictures and videos into numbers and back: Wan's encoders, or, with the same names, the embedded world's."""
+    if config.out_dim == toy.CHANNELS:
+        return SimpleNamespace(encode_text=toy.encode_text, decode_video=lambda latents: toy.decode_pixels(latents).clamp(-1, 1),
+                               multiple=toy.BLOCK * config.patch_size[1], part=lambda name: None, free=lambda name: None)
+    from encode import open_encoders
+    return open_encoders(args.weights or (args.init if Path(args.init).is_dir() else Path(args.init).parent), config, device)
+
+
+def encode_texts(args, codecs, prompts):
+    """-> contexts (T, D) of the prompts, that of the unconditional branch (None without guidance). The text encoder is not in memory afterwards."""
+    guided = not args.guidance == args.low_guidance == 1
+    contexts = [codecs.encode_text(text) for text in prompts]
+    negative = codecs.encode_text(args.negative_prompt) if guided else None
+    codecs.free("text")
+    return contexts, negative
+
+
+def make_videos(args, config, load, sampler, device, rank, world):
+    """--prompts to samples, mp4 files and a contact sheet. One large thing at a time is in memory: image encoders, text encoder, model, decoder."""
+    from encode import check_clip, read_image, write_video
+    kind, time = ("pixel", 1) if config.out_dim == toy.CHANNELS else ("wan", 4)                    # frames of a latent
+    codecs = open_codecs(args, config, device)
+    check_clip(kind, args.frames, args.size, time, codecs.multiple)
+    rows, columns = (side // (codecs.multiple // config.patch_size[1]) for side in args.size)
+    shape = (config.out_dim, (args.frames - 1) // time + 1, rows, columns)
+    prompts, out = read_prompts(args.prompts), Path(args.out)
+    images = image_files(args, config, len(prompts))
+    mine = list(range(len(prompts)))[rank::world]                             # only these are looked at: another rank may be writing its own already
+    if any((out / f"{i:05d}.safetensors").exists() for i in mine):
+        raise ValueError(f"--out {out} holds samples already; choose another folder")
+    out.mkdir(parents=True, exist_ok=True)
+
+    codecs.part("vae")                                                        # what is wrong with the decoder is said before hours of sampling
+    conditions = {}                                                           # by files: one picture may serve many prompts
+    for first, last in dict.fromkeys(images[i] for i in mine if images[i][0]):
+        conditions[first, last] = codecs.conditions(read_image(first, args.size), read_image(last, args.size) if last else None, args.frames)
+    codecs.free("clip"), codecs.free("vae")
+    contexts, negative = encode_texts(args, codecs, [prompts[i] for i in mine])
+
+    model, low = load()
+    kept = {"source": f"generated by {args.init}", "encoder": kind, "fps": args.fps, **sampler}
+    for start in tqdm(range(0, len(mine), args.batch_size), desc="videos", disable=rank != 0):
+        part = mine[start:start + args.batch_size]
+        seeds = [seed_of(args.seed, i) for i in part]
+        given = [conditions.get(images[i], {}) for i in part]
+        latents = generate(model, contexts[start:start + args.batch_size], seeds, shape, negative=negative, low=low, **sampler,
+                           **{name: torch.stack([of[name] for of in given]) for name in given[0]}).cpu()
+        for i, value, context, noise_seed in zip(part, latents, contexts[start:], seeds):
+            write_sample(out / f"{i:05d}.safetensors", value, context, {"prompt": prompts[i], "noise_seed": noise_seed, **kept})
+    del model, low
+
+    shown = []
+    for i in tqdm(mine, desc="decoding", disable=rank != 0):
+        video = codecs.decode_video(read_sample(out / f"{i:05d}.safetensors")["latents"])          # (3, F, H, W)
+        side = min(video.shape[2:])
+        write_video(out / f"{i:05d}.mp4", video, args.fps, upscale=max(1, 256 // side))                 # players blur tiny clips
+        shown.append(video[:, :, ::max(1, side // 128), ::max(1, side // 128)])
+        shown = shown[:32]
+    if shown:
+        contact_sheet(out / f"contact_sheet{f'_{rank}' if world > 1 else ''}.png", shown, upscale=max(1, 128 // min(shown[0].shape[2:])))
+    print(f"rank {rank}: {len(mine)} of {len(prompts)} videos and a contact sheet in {out}", flush=True)
+
+
 def main(args):
     if bool(args.prompts) == bool(args.pairs):
         raise ValueError("give either --prompts or --pairs")
     if not args.name.startswith("negatives") or "/" in args.name:
         raise ValueError(f"--name {args.name}: expected a folder name that starts with 'negatives', where training looks for losers")
+    if args.pairs and (args.image or args.last_image or args.frames or any(args.size)):
+        raise ValueError("--image, --last_image, --frames and --size are for --prompts; with --pairs all that stands in the samples of real/")
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))              # ranks work alone here: no process group
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
     if not Path(args.init).exists() and (Path(__file__).parent / args.init).exists():
         args.init = str(Path(__file__).parent / args.init)                    # toy_base, from any folder
-    config, _ = open_wan(args.init)
-    if config.text_dim != toy.TEXT_DIM and args.guidance != 1:
-        raise ValueError(f"--guidance {args.guidance}: {args.init} was trained with an encoded negative prompt as its unconditional text, which cannot be "
-                         f"made here yet; zeros in its place would spoil the clips. Use --guidance 1")
-    model = load_wan(args.init, dtype=torch.bfloat16 if cuda else torch.float32).to(device).eval().requires_grad_(False)
-
+    high, low = find_experts(args.init)
+    config, _ = open_wan(high)
+    if low:
+        open_wan(low, config)
     if args.pairs:
-        made = make_negatives(model, weights_digest(args.init), args.pairs, args.name, args.per_sample, args.seed, args.steps, args.flow_shift,
-                              args.guidance, args.batch_size, rank, world)
-        print(f"rank {rank}: {made} negatives made in {args.pairs}", flush=True)
-        return
+        files = sample_files(Path(args.pairs) / "real")
+        check_samples(files, config)
+        args.size = [8 * side for side in read_header(files[0])["latents"].shape[2:]]              # settle() looks at it
+    settle(args, config, low is not None)
+    sampler = {name: getattr(args, name) for name in ("solver", "steps", "flow_shift", "guidance", *(("low_guidance", "boundary") if low else ()))}
+    if rank == 0:
+        print(f"{args.init}: {config.model_type}, {', '.join(f'{name} {value}' for name, value in sampler.items())}", flush=True)
 
-    if config.text_dim != toy.TEXT_DIM:
-        raise ValueError(f"--prompts knows the embedded world's text codec (width {toy.TEXT_DIM}) only, and {args.init} takes text of width "
-                         f"{config.text_dim}; encode prompts to samples first and use --pairs")
-    from encode import write_video
-    prompts = read_prompts(args.prompts)
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    mine = list(range(len(prompts)))[rank::world]                             # only these are looked at: another rank may be writing its own already
-    if any((out / f"{i:05d}.safetensors").exists() for i in mine):
-        raise ValueError(f"--out {out} holds samples already; choose another folder")
-    videos = []
-    for start in tqdm(range(0, len(mine), args.batch_size), desc="videos", disable=rank != 0):
-        part = [(i, prompts[i]) for i in mine[start:start + args.batch_size]]
-        seeds = [seed_of(args.seed, i) for i, _ in part]
-        context = [toy.encode_text(prompt) for _, prompt in part]
-        latents = generate(model, context, seeds, tuple(args.size), args.steps, args.flow_shift, args.guidance).cpu()
-        for (i, prompt), value, row, seed in zip(part, latents, context, seeds):
-            write_sample(out / f"{i:05d}.safetensors", value, row, {"prompt": prompt, "noise_seed": str(seed), "source": f"generated by {args.init}"})
-            video = toy.decode_pixels(value).clamp(-1, 1)
-            write_video(out / f"{i:05d}.mp4", video, args.fps, upscale=max(1, 256 // min(video.shape[2:])))   # players blur tiny clips
-            videos.append(video)
-    if videos:
-        contact_sheet(out / f"contact_sheet{f'_{rank}' if world > 1 else ''}.png", videos[:32], upscale=max(1, 128 // min(videos[0].shape[2:])))
-    print(f"rank {rank}: {len(videos)} of {len(prompts)} videos and a contact sheet in {out}", flush=True)
+    def load():
+        model, other = [path and load_wan(path, dtype=torch.bfloat16 if cuda else torch.float32).eval().requires_grad_(False) for path in (high, low)]
+        return model.to(device), other                                        # the second expert waits on the CPU
+
+    if args.prompts:
+        make_videos(args, config, load, sampler, device, rank, world)
+        return
+    guided = not args.guidance == args.low_guidance == 1
+    negative = encode_texts(args, open_codecs(args, config, device), [])[1] if guided else None
+    model, other = load()
+    made = make_negatives(model, "+".join(weights_digest(path) for path in (high, low) if path), args.pairs, args.name, args.per_sample, args.seed,
+                          batch_size=args.batch_size, rank=rank, world=world, low=other, negative=negative,
+                          negative_prompt=args.negative_prompt if guided else "", **sampler)
+    print(f"rank {rank}: {made} negatives made in {args.pairs}", flush=True)
 
 
 if __name__ == "__main__":

@@ -167,6 +167,23 @@ def test_pixels_that_are_not_square_are_shown_in_proportion():
     assert inside.any(0).sum() == inside.any(1).sum() == 20
 
 
+def test_a_picture_becomes_a_frame_of_the_video_the_right_way_up(tmp_path):
+    image = pytest.importorskip("PIL.Image", reason="pictures need Pillow, which diffusers brings").fromarray(
+        np.concatenate([np.full((16, 16, 3), 255, np.uint8), np.zeros((16, 16, 3), np.uint8)], axis=1))        # 16 x 32, the left half white
+    image.save(tmp_path / "a.png")
+    expected = torch.ones(3, 16, 32)
+    expected[:, :, 16:] = -1
+    assert torch.equal(encode.read_image(tmp_path / "a.png", (16, 32)), expected)
+    assert torch.equal(encode.read_image(tmp_path / "a.png", (16, 8)), expected[:, :, 12:20])                   # covers, then the centre
+    turned = image.getexif()
+    turned[0x0112] = 6                                   # a telephone held upright: show it turned clockwise
+    image.convert("L").save(tmp_path / "b.png", exif=turned)
+    assert torch.equal(encode.read_image(tmp_path / "b.png", (32, 16)), expected.transpose(1, 2))               # what was left is above
+    (tmp_path / "c.png").write_bytes((tmp_path / "a.png").read_bytes()[:60])
+    with pytest.raises(ValueError, match="c.png: not a picture that can be read"):
+        encode.read_image(tmp_path / "c.png", (16, 32))
+
+
 def test_pixel_aspect_and_rotation_are_read_from_the_file(tmp_path):
     path = grey_levels(tmp_path / "wide.mp4", [100] * 3, [0, 100, 200], aspect=Fraction(2))
     assert [aspect for _, aspect in encode.decode_frames(path)] == [2.0] * 3

@@ -5,6 +5,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -48,7 +49,37 @@ class PointMass(torch.nn.Module):
 
 def test_the_sigma_grid_is_the_shifted_uniform_one():
     # 4 steps, shift 3: u = 1, 3/4, 1/2, 1/4, 0 -> 3u / (1 + 2u) = 1, 0.9, 0.75, 0.5, 0
-    assert torch.allclose(sample.sigma_grid(4, 3.0), torch.tensor([1, 0.9, 0.75, 0.5, 0.0]))
+    assert sample.sigma_grid(4, 3.0) == pytest.approx([1, 0.9, 0.75, 0.5, 0.0])
+
+
+def test_the_grid_of_unipc_is_the_official_one():
+    # u = 0.999 (1 - i / N). 50 steps, shift 5, the last: u = 0.01998, 5u / (1 + 4u) = 0.0999 / 1.07992 = 0.092507 (diffusers would end on 96)
+    grid = sample.sigma_grid(50, 5.0, "unipc")
+    assert grid[0] == pytest.approx(4.995 / 4.996) and grid[49] == pytest.approx(0.0999 / 1.07992) and grid[50] == 0
+    assert [int(1000 * sigma) for sigma in sample.sigma_grid(9, 1.0, "unipc")] == [999, 888, 777, 666, 555, 444, 333, 222, 111, 0]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 20])
+@pytest.mark.parametrize("flow_shift", [1.0, 5.0, 12.0])
+def test_unipc_is_that_of_diffusers_on_the_same_grid(steps, flow_shift):
+    scheduler = pytest.importorskip("diffusers").UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=flow_shift)
+    model = lambda x, timestep: torch.sin(2 * x + timestep / 200) + 0.2 * x.roll(1, -1) ** 2 / (1 + x.abs())           # nothing linear about it
+    noise = torch.randn(2, 3, 2, 4, 4, generator=torch.Generator().manual_seed(steps))
+    for grid in ("official", "diffusers"):
+        if grid == "official":
+            scheduler.set_timesteps(sigmas=0.999 * (1 - np.arange(steps) / steps))
+            sigmas = sample.sigma_grid(steps, flow_shift, "unipc")
+            assert scheduler.timesteps.tolist() == [int(1000 * sigma) for sigma in sigmas[:-1]]
+        else:
+            scheduler.set_timesteps(steps)
+            sigmas = scheduler.sigmas.tolist()
+        expected = noise
+        for timestep in scheduler.timesteps:
+            expected = scheduler.step(model(expected, timestep), timestep, expected, return_dict=False)[0]
+        found = sample.unipc(lambda x, i: model(x, scheduler.timesteps[i]), noise, sigmas)
+        assert (found - expected).abs().max() <= 1e-5
+    if steps > 2:
+        assert (sample.euler(lambda x, i: model(x, scheduler.timesteps[i]), noise, sigmas) - expected).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("steps", [1, 7])
@@ -80,6 +111,104 @@ def test_guidance_moves_from_the_unconditional_to_beyond_the_conditional():
     negative = torch.full((1, 4), -0.25)                                       # its own point: 3 - 1; 2 + 2 * (5 - 2)
     x = sample.generate(PointMass(), context, [0], (2, 1, 2, 2), 5, 1.0, 2.0, negative=negative)
     assert torch.allclose(x, torch.full_like(x, 8.0), atol=1e-4)
+
+
+class Expert(torch.nn.Module):
+    """Writes down what it is asked; v = 1 with a caption, 0 without. It answers on the CPU only, which plays the GPU; meta plays the CPU."""
+    def __init__(self, name, log, device="cpu"):
+        super().__init__()
+        self.name, self.log, self.place = name, log, torch.nn.Parameter(torch.zeros(1, device=device))
+
+    def to(self, device):
+        self.log.append(f"{self.name} to {torch.device(device)}")
+        self.place = torch.nn.Parameter(torch.zeros(1, device=device))
+        return self
+
+    def forward(self, x, timestep, context):
+        assert self.place.device.type == "cpu"
+        self.log.append((self.name, timestep[0].item()))
+        return torch.zeros_like(x) + context.amax(dim=(1, 2)).view(-1, 1, 1, 1, 1)
+
+
+@pytest.mark.parametrize("flow_shift, boundary, high_steps", [(12.0, 0.875, 26), (5.0, 0.9, 15)])       # Wan2.2's T2V and I2V, 40 steps
+def test_the_experts_change_where_they_do_in_the_official_sampler(flow_shift, boundary, high_steps):
+    log = []
+    sample.generate(Expert("high", log), [torch.ones(1, 4)], [0], (1, 1, 2, 2), 40, flow_shift, 1.0, solver="unipc", low=Expert("low", log), boundary=boundary)
+    assert [name for name, _ in log] == ["high"] * high_steps + ["low"] * (40 - high_steps)
+    assert log[high_steps - 1][1] >= 1000 * boundary > log[high_steps][1]
+
+
+def test_each_expert_has_its_guidance():
+    # shift 1, 4 steps: sigma 1, 3/4 | 1/2, 1/4, 0; v = guidance, so x = noise - 4 * (1 - 1/2) - 3 * (1/2 - 0)
+    noise = torch.randn((1, 1, 2, 2), generator=torch.Generator().manual_seed(0))
+    two = dict(low=Expert("low", []), boundary=0.6)
+    x = sample.generate(Expert("high", []), [torch.ones(1, 4)], [0], (1, 1, 2, 2), 4, 1.0, 4.0, low_guidance=3.0, **two)
+    assert torch.allclose(x[0], noise - 3.5, atol=1e-5)
+    x = sample.generate(Expert("high", []), [torch.ones(1, 4)], [0], (1, 1, 2, 2), 4, 1.0, 4.0, **two)
+    assert torch.allclose(x[0], noise - 4, atol=1e-5)                           # the same for both where it is not given
+
+
+def test_one_expert_at_a_time_is_on_the_gpu():
+    log = []
+    sample.generate(Expert("high", log), [torch.ones(1, 4)], [0], (1, 1, 2, 2), 3, 1.0, 1.0, low=Expert("low", log, "meta"), boundary=0.8)
+    assert [line if isinstance(line, str) else line[0] for line in log] == ["high", "high to meta", "low to cpu", "low", "low", "low to meta", "high to cpu"]
+
+
+class Ti2v(torch.nn.Module):
+    """Mixes frames, as attention does, so that a wrong frame 0 spoils the others."""
+    config = CONFIGS["wan2.2-ti2v-5b"]
+
+    def __init__(self):
+        super().__init__()
+        self.p, self.seen = torch.nn.Parameter(torch.zeros(1)), []
+
+    def forward(self, x, timestep, context):
+        self.seen.append((x, timestep))
+        return torch.tanh(x + x.roll(1, 2)) + timestep.view(len(x), 1, x.shape[2], -1).mean(-1)[..., None, None] / 1000
+
+
+@pytest.mark.parametrize("solver", ["euler", "unipc"])
+def test_a_given_first_frame_is_seen_clean_and_put_back_after_every_step(solver):
+    first = torch.randn(2, 3, 1, 4, 4, generator=torch.Generator().manual_seed(9))
+    model = Ti2v()
+    found = sample.generate(model, [torch.ones(1, 4)] * 2, [1, 2], (3, 3, 4, 4), 5, 5.0, 1.0, solver=solver, first_latent=first)
+    for x, timestep in model.seen:
+        assert torch.equal(x[:, :, :1], first) and timestep.shape == (2, 12) and not timestep[:, :4].any() and (timestep[:, 4:] == timestep[0, 4]).all()
+    assert torch.equal(found[:, :, :1], first)
+
+    x = torch.stack([torch.randn(3, 3, 4, 4, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2)])
+    x[:, :, :1] = first
+    scheduler = pytest.importorskip("diffusers").UniPCMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=5.0)
+    scheduler.set_timesteps(sigmas=0.999 * (1 - np.arange(5) / 5))
+    sigmas = sample.sigma_grid(5, 5.0, "euler")
+    for i in range(5):                                                         # the official way
+        timestep = scheduler.timesteps[i].float() if solver == "unipc" else 1000 * sigmas[i]
+        v = model(x, torch.full((2, 12), timestep).index_fill(1, torch.arange(4), 0), None)
+        x = scheduler.step(v, scheduler.timesteps[i], x, return_dict=False)[0] if solver == "unipc" else x + (sigmas[i + 1] - sigmas[i]) * v
+        x[:, :, :1] = first
+    assert torch.allclose(found, x, atol=1e-5)
+
+
+def test_conditions_are_the_same_in_both_branches_of_guidance():
+    class Image(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.p = torch.nn.Parameter(torch.zeros(1))
+        def forward(self, x, timestep, context, y, clip_features):
+            assert torch.equal(*y.chunk(2)) and torch.equal(y[:2], given["y"]) and torch.equal(*clip_features.chunk(2))
+            return x * 0
+    given = {"y": torch.randn(2, 4, 1, 2, 2), "clip_features": torch.randn(2, 5, 3)}
+    sample.generate(Image(), [torch.ones(1, 4)] * 2, [0, 1], (2, 1, 2, 2), 1, 1.0, 5.0, **given)
+
+
+@pytest.mark.parametrize("asked, words", [
+    ({"solver": "dpm"}, "solver 'dpm': expected one of euler, unipc"),
+    ({"low": PointMass(), "boundary": 1.0}, "boundary 1.0: two experts need"),
+    ({"low": PointMass()}, "boundary 0.0: two experts need"),
+])
+def test_what_generate_cannot_do_is_refused(asked, words):
+    with pytest.raises(ValueError, match=words):
+        sample.generate(PointMass(), [torch.zeros(1, 4)], [0], (2, 1, 2, 2), 1, 1.0, 1.0, **asked)
 
 
 def test_a_video_does_not_depend_on_the_batch_it_is_made_in(base):
