@@ -377,7 +377,7 @@ for ours, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2")):
         DIFFUSERS_NAMES[f"blocks.*.{ours}.{layer}"] = f"blocks.*.{theirs}.{name}"
 ORIGINAL_NAMES = {theirs: ours for ours, theirs in DIFFUSERS_NAMES.items()}
 DIFFUSERS_FIELDS = {                  # WanConfig -> diffusers' config.json
-    "num_heads": "num_attention_heads", "in_dim": "in_channels", "out_dim": "out_channels",
+    "num_heads": "num_attention_heads", "in_dim": "in_channels", "out_dim": "out_channels", "image_pos_len": "pos_embed_seq_len",
     **{name: name for name in ("ffn_dim", "num_layers", "text_dim", "text_len", "freq_dim", "patch_size", "eps")}}
 
 
@@ -396,8 +396,7 @@ def expected_shapes(config):
 def check_shapes(shapes, config, where):
     """shapes {our name: shape} must be exactly those of config; `where(name)` says which file a name is in."""
     expected = expected_shapes(config)
-    wrong = [name for name in expected | shapes if shapes.get(name) != expected.get(name)]
-    if wrong:
+    if wrong := [name for name in expected | shapes if shapes.get(name) != expected.get(name)]:
         preset = next((preset for preset, known in CONFIGS.items() if known == config), config)
         raise ValueError(f"{where(wrong[0])}: tensor {wrong[0]} is {shapes.get(wrong[0], 'missing')}, expected "
                          f"{expected.get(wrong[0], 'no such tensor')} in {preset}; {len(wrong)} tensors of {len(expected)} differ")
@@ -442,8 +441,7 @@ def find_weights(path):
     for shard in sorted(set(weight_map.values())):
         if not (path / shard).is_file():
             raise ValueError(f"{indices[0]} names {shard}, which is not there: the copy or download is not complete")
-        absent = {name for name in weight_map if weight_map[name] == shard} - set(open_safetensors(path / shard).keys())
-        if absent:
+        if absent := {name for name in weight_map if weight_map[name] == shard} - set(open_safetensors(path / shard).keys()):
             raise ValueError(f"{path / shard}: no tensor {min(absent)}, though {indices[0].name} says so")
     return {name: path / shard for name, shard in weight_map.items()}
 
@@ -491,10 +489,12 @@ def open_wan(path, config=None):
     settings, source = read_settings(next(iter(handles)))
     model_type = settings.pop("model_type", None)
     if settings:
-        settings["image_dim"] = shapes.get("img_emb.proj.0.weight", (0,))[0]                 # the CLIP branch is in no original config.json:
-        settings["image_pos_len"] = shapes.get("img_emb.emb_pos", (1, 0))[1]                 # Wan2.1 and 2.2 i2v have the same one
-        unsaid = {"dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim"} - settings.keys()
-        if unsaid:
+        image = {"image_dim": shapes.get("img_emb.proj.0.weight", (0,))[0], "image_pos_len": shapes.get("img_emb.emb_pos", (1, 0))[1]}
+        for name, size in image.items():                                 # not in an original config.json: Wan2.1 and 2.2 i2v have the same one
+            if (settings.get(name, size) or 0) != size:
+                raise ValueError(f"{source}: {name} is {settings[name]}, but the tensors beside it have an image branch of {size}")
+        settings |= image
+        if unsaid := {"dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim"} - settings.keys():
             raise ValueError(f"{source}: no {', '.join(sorted(unsaid))}; not the config.json of a Wan video model")
         found = WanConfig(**settings)
     else:

@@ -524,6 +524,17 @@ def test_an_8_bit_file_of_comfyui_is_refused_with_the_reason(tiny, extra, tmp_pa
         open_wan(tmp_path / "wan_fp8.safetensors")
 
 
+@pytest.mark.parametrize("name, changes, says", [
+    ("i2v-clip", dict(image_dim=None), "image_dim is None, but the tensors beside it have an image branch of 40"),
+    ("i2v-a14b", dict(image_dim=1280), "image_dim is 1280, but the tensors beside it have an image branch of 0"),
+    ("flf2v", dict(pos_embed_seq_len=None), "image_pos_len is None, but the tensors beside it have an image branch of 514")])
+def test_an_image_branch_that_is_not_what_config_json_says_is_refused(name, changes, says, tmp_path):
+    save_wan(make_case(name)[0], tmp_path, "diffusers")
+    (tmp_path / "config.json").write_text(json.dumps(json.loads((tmp_path / "config.json").read_text()) | changes))
+    with pytest.raises(ValueError, match="config.json: " + says):
+        open_wan(tmp_path)
+
+
 def test_weights_of_another_variant_than_the_one_asked_for_are_refused(tiny, tmp_path):
     save_wan(tiny, tmp_path / "folder")
     with pytest.raises(ValueError, match=r"config.json: dim is 128, expected 1536 in the model asked for"):
