@@ -159,15 +159,15 @@ def check_pair(win, lose, of_win, of_lose):
         raise ValueError(f'{lose}: made for the prompt "{prompt_lose}", but the win, {win}, has "{prompt_win}"; a pair shares one prompt')
 
 
-def check_samples(dataset, config, together):
+def check_samples(summaries, config, together=1):
     """
-    Holds every sample of a SampleSet or PairSet against the model (config: a WanConfig), by headers alone: ValueError names the file, what is in it
-    and what the model takes. together: how many samples are stacked; if more than one, they must be alike. Of a pair the win's conditions count.
+    Holds samples against the model they are for (config: a WanConfig), by headers alone: ValueError names the file, what is in it and what the model
+    takes. summaries: as read_summaries gives; of pairs those of the wins, whose conditions serve both. together: so many are stacked, and must be alike.
     """
-    another = "encode it for this model, or train the model that it was encoded for (--model, --init)"
+    another = "encode it for this model (encode.py --model), or choose the model that it was encoded for (--init)"
     first = None
-    for path in dataset.wins:
-        conditions = dict(dataset.summaries[path][0])
+    for path, (shapes, _) in summaries.items():
+        conditions = dict(shapes)
         latents, context = conditions.pop("latents"), conditions.pop("context")
         if latents[0] != config.out_dim:
             raise ValueError(f"{path}: latents are {latents}, of {latents[0]} channels; this {config.model_type} model has {config.out_dim}; {another}")
@@ -183,7 +183,7 @@ def check_samples(dataset, config, together):
         first = first or (path, latents, conditions)
         if together > 1 and (latents, conditions) != first[1:]:
             raise ValueError(f"{path}: latents {latents} and conditions {conditions}, but {first[0]} has {first[1]} and {first[2]}; {together} samples go "
-                             "through the model together, so make all alike, or raise --grad_accum until it is one")
+                             "through the model together, so make all alike, or let it be one (--batch_size, --grad_accum)")
 
 
 def item_tensors(sample):
@@ -192,11 +192,14 @@ def item_tensors(sample):
 
 
 class SampleSet:
-    """The samples of a folder (or a list of files). Item: {"win": latents, "context", conditions, "name"}, so that sft and dpo share code."""
+    """
+    The samples of a folder (or a list of files). Item: {"win": latents, "context", conditions, "name"}, so that sft and dpo share code.
+    `wins`: what is preferred, as read_summaries gives it.
+    """
 
     def __init__(self, source):
-        self.files = self.wins = list(source) if isinstance(source, (list, tuple)) else sample_files(source)
-        self.summaries = read_summaries(self.files)
+        self.files = list(source) if isinstance(source, (list, tuple)) else sample_files(source)
+        self.wins = read_summaries(self.files)
 
     def __len__(self):
         return len(self.files)
@@ -210,15 +213,15 @@ class PairSet:
     """
     pairs: list of (win file, lose file). The headers of all files are checked here, tensors when an item is read.
     Item: {"win", "lose": (C, F, H, W), "context": (T, D), conditions, "name"}; context and conditions are the win's and serve both.
-    `unpaired`: stems of the real samples that no negative was found for.
+    `unpaired`: stems of the real samples that no negative was found for. `wins`: as in SampleSet.
     """
 
     def __init__(self, pairs, unpaired=()):
         self.pairs, self.unpaired = list(pairs), list(unpaired)
-        self.wins = list(dict.fromkeys(win for win, _ in self.pairs))                              # a win may have many negatives: once is enough
-        self.summaries = read_summaries(dict.fromkeys(path for pair in self.pairs for path in pair))
+        summaries = read_summaries(dict.fromkeys(path for pair in self.pairs for path in pair))   # a win may have many negatives: read it once
         for win, lose in self.pairs:
-            check_pair(win, lose, self.summaries[win], self.summaries[lose])
+            check_pair(win, lose, summaries[win], summaries[lose])
+        self.wins = {win: summaries[win] for win, _ in self.pairs}
 
     def __len__(self):
         return len(self.pairs)

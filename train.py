@@ -27,10 +27,10 @@ from fsdp_utils import (checkpoint_blocks, clip_gradients, ema_update, exchange_
                         save_checkpoint, shard_model, start_ranks, stored_weights, total)
 from losses import add_noise, flow_error, importance_weight, next_sigma, safeguard_coefficient, velocity_target
 from model import CONFIGS, WanConfig, WanModel, hold_first_frame, load_wan, open_wan, save_wan
-from sample import generate, make_negatives, seed_of, weights_digest
+from sample import DEFAULTS, generate, make_negatives, seed_of, weights_digest
 
 HERE = Path(__file__).resolve().parent
-BOUNDARIES = {"wan2.2-t2v-a14b": 875, "wan2.2-i2v-a14b": 900}                 # from this timestep up the high-noise expert works, below it the other
+BOUNDARIES = {f"wan2.2-{kind}-a14b": 1000 * DEFAULTS[f"{kind} a14b"]["boundary"] for kind in ("t2v", "i2v")}    # timesteps from here up are the high-noise expert's
 # Which flags belong to which loss; setting one that the loss does not read is an error, not a silent wish.
 LOSS_FLAGS = {"sft": [], "dpo": ["beta"], "regdpo": ["beta", "r", "r_scale", "r_min"],
               "dpo_cm": ["beta", "threshold", "clip", "weight_steps"], "sdpo": ["beta", "clip", "weight_steps"],
@@ -181,7 +181,7 @@ def check_expert(args):
         sides = [(boundary, 1000)] * (not low) + [(0, boundary)] * (not high)
         if not any(first <= args.min_timestep and args.max_timestep <= last for first, last in sides):
             raise ValueError(f"--min_timestep {args.min_timestep:g} --max_timestep {args.max_timestep:g}: --init {args.init} is one of the two experts of {args.model} "
-                             f"and samples only at timesteps {' or '.join(f'{first} to {last}' for first, last in sides)}, after the shift; train it there")
+                             f"and samples only at timesteps {' or '.join(f'{first:g} to {last:g}' for first, last in sides)}, after the shift; train it there")
 
 
 def build_model(args, config, mesh, checkpointing="off", offload=False):
@@ -444,7 +444,7 @@ def main(args):
     if toy_world and (config.text_dim, config.in_dim) != (toy.TEXT_DIM, toy.CHANNELS):
         raise ValueError(f"--model {args.model} with --data toy: the embedded world is for the tiny model; name a folder of encoded samples with --data")
     dataset = open_data(make_world(args, config, ranks) if toy_world else args.data, needs_pairs)
-    check_samples(dataset, config, per_rank)
+    check_samples(dataset.wins, config, per_rank)
     first = dataset[0]
 
     # ---------------- models

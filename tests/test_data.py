@@ -284,11 +284,11 @@ def pairs_for(folder, model, latents=None, words=3, width=5, of_loser=(), **shap
 
 @pytest.mark.parametrize("model", MODELS)
 def test_samples_that_fit_their_model_pass_and_those_of_another_variant_do_not(tmp_path, model):
-    check_samples(pairs_for(tmp_path, model, of_loser=("y", "mask")), MODELS[model], together=2)
-    check_samples(SampleSet(tmp_path / "real"), MODELS[model], together=2)
+    check_samples(pairs_for(tmp_path, model, of_loser=("y", "mask")).wins, MODELS[model], together=2)
+    check_samples(SampleSet(tmp_path / "real").wins, MODELS[model], together=2)
     for other in MODELS.keys() - {model}:
-        message = refusal(check_samples, pairs_for(tmp_path, model), MODELS[other], 1)
-        assert str(tmp_path / "real" / "0.safetensors") in message and "train the model that it was encoded for (--model, --init)" in message
+        message = refusal(check_samples, pairs_for(tmp_path, model).wins, MODELS[other])
+        assert str(tmp_path / "real" / "0.safetensors") in message and "choose the model that it was encoded for (--init)" in message
 
 
 @pytest.mark.parametrize("model, changes, says", [
@@ -305,20 +305,20 @@ def test_samples_that_fit_their_model_pass_and_those_of_another_variant_do_not(t
 ])
 def test_one_sample_of_a_set_that_does_not_fit_is_named_with_what_was_found_and_expected(tmp_path, model, changes, says):
     dataset = pairs_for(tmp_path, model, **changes)
-    assert f"{tmp_path / 'real' / '1.safetensors'}: {says}" in refusal(check_samples, dataset, MODELS[model], 1)
+    assert f"{tmp_path / 'real' / '1.safetensors'}: {says}" in refusal(check_samples, dataset.wins, MODELS[model])
 
 
 def test_channels_and_text_width_of_another_encoder_are_refused(tmp_path):
     assert "latents are (2, 3, 4, 4), of 2 channels; this t2v model has 16" in refusal(
-        check_samples, pairs_for(tmp_path, "t2v"), dataclasses.replace(MODELS["t2v"], in_dim=16, out_dim=16), 1)
-    assert "context is (3, 9); this t2v model takes at most 6 rows of width 5" in refusal(check_samples, pairs_for(tmp_path, "t2v", width=9), MODELS["t2v"], 1)
+        check_samples, pairs_for(tmp_path, "t2v").wins, dataclasses.replace(MODELS["t2v"], in_dim=16, out_dim=16))
+    assert "context is (3, 9); this t2v model takes at most 6 rows of width 5" in refusal(check_samples, pairs_for(tmp_path, "t2v", width=9).wins, MODELS["t2v"])
 
 
 def test_samples_that_go_through_the_model_together_must_be_alike(tmp_path):
     for changes in (dict(latents=(48, 3, 4, 6), first_latent=(48, 1, 4, 6)), dict(first_latent=None)):    # another size; text-to-video among image-to-video
         dataset = pairs_for(tmp_path, "ti2v", **changes)
-        check_samples(dataset, MODELS["ti2v"], together=1)
-        message = refusal(check_samples, dataset, MODELS["ti2v"], 2)
+        check_samples(dataset.wins, MODELS["ti2v"])
+        message = refusal(check_samples, dataset.wins, MODELS["ti2v"], 2)
         assert str(tmp_path / "real" / "1.safetensors") in message and "2 samples go through the model together" in message and "--grad_accum" in message
 
 

@@ -261,7 +261,7 @@ def test_samples_of_another_variant_are_refused_before_training(world, worlds, t
                              (worlds["i2v-a14b"], both, "the condition clip_features is (257, 40); this i2v model with latents (4, 3, 4, 6) takes no such condition"),
                              (worlds["i2v"], text, "latents are (12, 3, 4, 6), of 12 channels; this i2v model has 4")):
         message = main_fails(world, tmp_path, "--init", str(init / "base"), "--data", data)
-        assert "real/000.safetensors: " + says in message and "(--model, --init)" in message
+        assert "real/000.safetensors: " + says in message and "choose the model that it was encoded for (--init)" in message
     assert "--model tiny --init" in main_fails(world, tmp_path, "--model", "tiny", "--init", str(worlds["i2v"] / "base"))
     assert not (tmp_path / "out").exists()
 
