@@ -54,7 +54,7 @@ class WanConfig:
         """latents: the shape (C, F, H, W) of a sample -> {name: shape} of what goes with it; ti2v without first_latent is text-to-video."""
         shapes = {"y": (self.in_dim - self.out_dim, *latents[1:])} if self.in_dim > self.out_dim else {}
         shapes |= {"clip_features": (self.image_pos_len or 257, self.image_dim)} if self.image_dim else {}
-        return shapes | ({"first_latent": (latents[0], 1, *latents[2:])} if self.model_type == "ti2v" else {})
+        return shapes | ({"first_latent": (latents[0], 1, *latents[2:])} if self.model_type == "ti2v" and latents[1] > 1 else {})
 
 
 WAN_14B = dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, out_dim=16)

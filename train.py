@@ -176,7 +176,7 @@ def find_model(args):
 def check_expert(args):
     """An expert of A14B is trained at the timesteps (after the shift) at which a sampler asks it, and no others. Raises ValueError."""
     if args.model in BOUNDARIES:
-        name, boundary = Path(args.init).name, BOUNDARIES[args.model]
+        name, boundary = Path(args.init).absolute().name, BOUNDARIES[args.model]
         high, low = "high_noise" in name or name == "transformer", "low_noise" in name or name == "transformer_2"
         sides = [(boundary, 1000)] * (not low) + [(0, boundary)] * (not high)
         if not any(first <= args.min_timestep and args.max_timestep <= last for first, last in sides):

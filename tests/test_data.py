@@ -302,6 +302,7 @@ def test_samples_that_fit_their_model_pass_and_those_of_another_variant_do_not(t
     ("i2v with CLIP", dict(clip_features=None), "the condition clip_features is missing; this i2v model with latents (2, 3, 4, 4) takes (257, 7)"),
     ("flf2v", dict(clip_features=(257, 7)), "the condition clip_features is (257, 7); this flf2v model with latents (2, 3, 4, 4) takes (514, 7)"),
     ("ti2v", dict(first_latent=(48, 3, 4, 4)), "the condition first_latent is (48, 3, 4, 4); this ti2v model with latents (48, 3, 4, 4) takes (48, 1, 4, 4)"),
+    ("ti2v", dict(latents=(48, 1, 4, 4)), "the condition first_latent is (48, 1, 4, 4); this ti2v model with latents (48, 1, 4, 4) takes no such condition"),   # nothing would be left to learn
 ])
 def test_one_sample_of_a_set_that_does_not_fit_is_named_with_what_was_found_and_expected(tmp_path, model, changes, says):
     dataset = pairs_for(tmp_path, model, **changes)
