@@ -24,6 +24,7 @@ import uuid
 import zlib
 from functools import lru_cache
 from pathlib import Path
+from statistics import NormalDist
 
 import numpy as np
 import torch
@@ -132,11 +133,11 @@ def sample_files(folder):
 
 
 def summary(sample):
-    return tuple(sample["latents"].shape), sample["metadata"].get("prompt")
+    return {name: tuple(value.shape) for name, value in sample.items() if name != "metadata"}, sample["metadata"].get("prompt")
 
 
 def read_summaries(files):
-    """{path: (latents shape, prompt or None)}, from headers alone. One number of channels and one context width for all."""
+    """{path: (shapes by name, prompt or None)}, from headers alone. One number of channels and one context width for all."""
     summaries, first = {}, None
     for path in files:
         header = read_header(path)
@@ -151,10 +152,38 @@ def read_summaries(files):
 
 def check_pair(win, lose, of_win, of_lose):
     """win, lose: files; of_win, of_lose: their summaries."""
-    if of_win[0] != of_lose[0]:
-        raise ValueError(f"{lose}: win is {of_win[0]} but lose is {of_lose[0]}; encode both at one size (the win is {win})")
-    if None not in (of_win[1], of_lose[1]) and of_win[1] != of_lose[1]:
-        raise ValueError(f'{lose}: made for the prompt "{of_lose[1]}", but the win, {win}, has "{of_win[1]}"; a pair shares one prompt')
+    (of_win, prompt_win), (of_lose, prompt_lose) = of_win, of_lose
+    if of_win["latents"] != of_lose["latents"]:
+        raise ValueError(f"{lose}: win is {of_win['latents']} but lose is {of_lose['latents']}; encode both at one size (the win is {win})")
+    if None not in (prompt_win, prompt_lose) and prompt_win != prompt_lose:
+        raise ValueError(f'{lose}: made for the prompt "{prompt_lose}", but the win, {win}, has "{prompt_win}"; a pair shares one prompt')
+
+
+def check_samples(summaries, config, together=1):
+    """
+    Holds samples against the model they are for (config: a WanConfig), by headers alone: ValueError names the file, what is in it and what the model
+    takes. summaries: as read_summaries gives; of pairs those of the wins, whose conditions serve both. together: so many are stacked, and must be alike.
+    """
+    another = "encode it for this model (encode.py --model), or choose the model that it was encoded for (--init)"
+    first = None
+    for path, (shapes, _) in summaries.items():
+        conditions = dict(shapes)
+        latents, context = conditions.pop("latents"), conditions.pop("context")
+        if latents[0] != config.out_dim:
+            raise ValueError(f"{path}: latents are {latents}, of {latents[0]} channels; this {config.model_type} model has {config.out_dim}; {another}")
+        if any(size % patch for size, patch in zip(latents[1:], config.patch_size)):
+            raise ValueError(f"{path}: latents are {latents}; the model cuts F, H, W into patches of {config.patch_size}, so encode at a multiple of that size")
+        if context[0] > config.text_len or context[1] != config.text_dim:
+            raise ValueError(f"{path}: context is {context}; this {config.model_type} model takes at most {config.text_len} rows of width {config.text_dim}; {another}")
+        expected = config.condition_shapes(latents)
+        for name in sorted(conditions | expected):
+            if conditions.get(name, "missing") != expected.get(name) and not (name == "first_latent" and name not in conditions):
+                raise ValueError(f"{path}: the condition {name} is {conditions.get(name, 'missing')}; this {config.model_type} model with latents {latents} takes "
+                                 f"{expected.get(name, 'no such condition')}; {another}")
+        first = first or (path, latents, conditions)
+        if together > 1 and (latents, conditions) != first[1:]:
+            raise ValueError(f"{path}: latents {latents} and conditions {conditions}, but {first[0]} has {first[1]} and {first[2]}; {together} samples go "
+                             "through the model together, so make all alike, or let it be one (--batch_size, --grad_accum)")
 
 
 def item_tensors(sample):
@@ -163,11 +192,14 @@ def item_tensors(sample):
 
 
 class SampleSet:
-    """The samples of a folder (or a list of files). Item: {"win": latents, "context", conditions, "name"}, so that sft and dpo share code."""
+    """
+    The samples of a folder (or a list of files). Item: {"win": latents, "context", conditions, "name"}, so that sft and dpo share code.
+    `wins`: what is preferred, as read_summaries gives it.
+    """
 
     def __init__(self, source):
         self.files = list(source) if isinstance(source, (list, tuple)) else sample_files(source)
-        read_summaries(self.files)
+        self.wins = read_summaries(self.files)
 
     def __len__(self):
         return len(self.files)
@@ -181,7 +213,7 @@ class PairSet:
     """
     pairs: list of (win file, lose file). The headers of all files are checked here, tensors when an item is read.
     Item: {"win", "lose": (C, F, H, W), "context": (T, D), conditions, "name"}; context and conditions are the win's and serve both.
-    `unpaired`: stems of the real samples that no negative was found for.
+    `unpaired`: stems of the real samples that no negative was found for. `wins`: as in SampleSet.
     """
 
     def __init__(self, pairs, unpaired=()):
@@ -189,6 +221,7 @@ class PairSet:
         summaries = read_summaries(dict.fromkeys(path for pair in self.pairs for path in pair))   # a win may have many negatives: read it once
         for win, lose in self.pairs:
             check_pair(win, lose, summaries[win], summaries[lose])
+        self.wins = {win: summaries[win] for win, _ in self.pairs}
 
     def __len__(self):
         return len(self.pairs)
@@ -317,12 +350,13 @@ def order(seed, position, n):
     return int(epoch_order(seed, position // n, n)[position % n])
 
 
-def draw(seed, position, shape, flow_shift, min_timestep, max_timestep):
+def draw(seed, position, shape, flow_shift, min_timestep, max_timestep, sampling="uniform"):
     """
     sigma (float) and noise (`shape`, float32) of a position; win and lose, policy and reference all use the same.
 
-    sigma = flow_shift u / (1 + (flow_shift - 1) u), u uniform on the interval for which sigma is in (min_timestep, max_timestep] / 1000:
-    the limits hold after the shift, as the expert boundaries of Wan2.2 do.
+    sigma = flow_shift u / (1 + (flow_shift - 1) u), u on the interval for which sigma is in (min_timestep, max_timestep] / 1000:
+    the limits hold after the shift, as the expert boundaries of Wan2.2 do. u is uniform there, or logit_normal, sigmoid(N(0, 1)) cut to it;
+    the shift moves that bell by log(flow_shift) in logits, so it needs no mean of its own.
     """
     if not flow_shift > 0:
         raise ValueError(f"--flow_shift {flow_shift}: expected a number above 0 (1 does nothing)")
@@ -330,8 +364,12 @@ def draw(seed, position, shape, flow_shift, min_timestep, max_timestep):
         raise ValueError(f"--min_timestep {min_timestep} --max_timestep {max_timestep}: expected 0 <= min < max <= 1000")
     lowest, highest = min_timestep / 1000, max_timestep / 1000
     low, high = (sigma / (flow_shift - (flow_shift - 1) * sigma) for sigma in (lowest, highest))   # the shift, inverted
-    generator = randomness(seed, position)
+    normal, generator = NormalDist(), randomness(seed, position)
+    if sampling == "logit_normal":                                                                 # from here to the inverse: u as a share of the bell
+        low, high = (normal.cdf(math.log(u / (1 - u))) if 0 < u < 1 else u for u in (low, high))
     u = high - (high - low) * torch.rand((), generator=generator, dtype=torch.float64).item()      # (low, high]: never sigma 0
+    if sampling == "logit_normal":
+        u = 1 / (1 + math.exp(-normal.inv_cdf(min(max(u, 2 ** -60), 1 - 2 ** -53))))               # 0 and 1 are infinitely far out
     sigma = flow_shift * u / (1 + (flow_shift - 1) * u)
     return min(max(sigma, lowest), highest), torch.randn(shape, generator=generator)               # rounding must not cross a boundary
 

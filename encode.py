@@ -560,7 +560,7 @@ def write_video(path, video, fps, upscale=1):
 def decode_folder(args):
     """Every sample of a folder to an mp4 of its stem, and a contact sheet of the first 16."""
     files, shown = sample_files(args.decode), []
-    channels = next(iter(read_summaries(files).values()))[0][0]   # the same in all of them, and no two encoders have the same
+    channels = next(iter(read_summaries(files).values()))[0]["latents"][0]   # the same in all of them, and no two encoders have the same
     if channels == toy.CHANNELS:
         decode = toy.decode_pixels
     elif channels in LATENTS and args.weights:

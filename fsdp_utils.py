@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
@@ -23,6 +23,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 # the head's output is a view of its Linear's; nothing here changes an output in place
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
+warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")    # stored_weights asks for just that
 
 # ------------------------------------------------------------------------------------------------------------------
 # ranks
@@ -187,7 +188,7 @@ def save_checkpoint(out, step, policy, optimizer, ema, meta, keep):
 
     A folder appears under its name only when it is whole, and `latest` changes by an atomic replace after that: a run killed at any moment leaves a
     checkpoint to resume from. meta: what must be equal on resume, as JSON. keep: how many checkpoints stay, this one included (older ones go, after it is
-    whole; later ones, of a run that was resumed from before them, stay until they are passed).
+    whole; later ones, of a run that was resumed from before them, stay until they are passed). Returns the folder.
     """
     out = Path(out)
     name = f"step_{step:06d}"
@@ -212,11 +213,12 @@ def save_checkpoint(out, step, policy, optimizer, ema, meta, keep):
         for folder in older[:max(0, len(older) - (keep - 1))]:
             shutil.rmtree(folder)
     dist.barrier()
+    return final
 
 
-def find_checkpoint(out, resume):
+def find_checkpoint(out, resume, flag="--resume"):
     """
-    The folder that --resume names: `latest` (of the run's folder out) or a step folder. Raises ValueError if there is none, and says where it looked.
+    The folder that --resume (or another flag) names: `latest` (of the run's folder out) or a step folder. ValueError if there is none says where it looked.
     """
     if resume == "latest":
         pointer = Path(out) / "latest"
@@ -226,7 +228,7 @@ def find_checkpoint(out, resume):
     else:
         folder = Path(resume)
     if not (folder / "meta.json").exists():
-        raise ValueError(f"--resume {resume}: {folder} holds no whole checkpoint (meta.json is missing); name a folder like {out}/step_000500")
+        raise ValueError(f"{flag} {resume}: {folder} holds no whole checkpoint (meta.json is missing); name a folder like {out}/step_000500")
     return folder
 
 
@@ -240,7 +242,7 @@ def load_checkpoint(folder, policy, optimizer, ema, meta):
     for key, value in meta.items():
         if saved.get(key) != value:
             raise ValueError(f"--resume {folder}: it was trained with {key} = {saved.get(key)}, this run has {key} = {value}; "
-                             f"resume with the same flags, or export it (the old flags, --resume and --steps {saved['step']}) and give that export to --init")
+                             f"resume with the same flags, or give its weights to --init of a new run (train.py --export {folder} --out DIR)")
     model_state, optimizer_state = get_state_dict(policy, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state} | ({"ema": get_model_state_dict(ema)} if ema is not None else {})
     dcp.load(state, checkpoint_id=folder)
@@ -250,6 +252,22 @@ def load_checkpoint(folder, policy, optimizer, ema, meta):
     return saved["step"]
 
 
-def full_weights(model):
-    """The whole state dict, on the CPU of rank 0 ({} elsewhere). All ranks call it; names are those of the public checkpoints."""
-    return get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+def stored_weights(folder, ema):
+    """
+    The weights in a checkpoint (ema: the average, where the run kept one), written on any number of ranks, for one process without a process group.
+
+    Returns {name: meta tensor}, read(name) -> the whole tensor, which is put together from the shards when it is asked for, one at a time. The index of
+    a checkpoint is a pickle (as torch writes and resumes them), so open those of your own runs only; what is handed on is the export.
+    """
+    reader = dcp.FileSystemReader(folder)
+    metadata = reader.read_metadata()
+    reader.read_metadata = lambda *args, **kwargs: metadata            # which dcp.load would read again for every tensor
+    part = "ema." if ema and any(name.startswith("ema.") for name in metadata.state_dict_metadata) else "model."
+    stored = {name.removeprefix(part): tensor for name, tensor in metadata.state_dict_metadata.items() if name.startswith(part)}
+
+    def read(name):
+        state = {part + name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype)}
+        dcp.load(state, storage_reader=reader, no_dist=True)
+        return state[part + name]
+
+    return {name: torch.empty(tensor.size, dtype=tensor.properties.dtype, device="meta") for name, tensor in stored.items()}, read

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import struct
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -22,7 +23,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 
 
@@ -49,6 +49,12 @@ class WanConfig:
         if self.in_dim > self.out_dim:
             return "i2v"
         return "ti2v" if self.out_dim == 48 else "t2v"
+
+    def condition_shapes(self, latents):
+        """latents: the shape (C, F, H, W) of a sample -> {name: shape} of what goes with it; ti2v without first_latent is text-to-video."""
+        shapes = {"y": (self.in_dim - self.out_dim, *latents[1:])} if self.in_dim > self.out_dim else {}
+        shapes |= {"clip_features": (self.image_pos_len or 257, self.image_dim)} if self.image_dim else {}
+        return shapes | ({"first_latent": (latents[0], 1, *latents[2:])} if self.model_type == "ti2v" and latents[1] > 1 else {})
 
 
 WAN_14B = dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, out_dim=16)
@@ -280,12 +286,10 @@ class WanModel(nn.Module):
                              "in float32: 16 bits cannot tell 999 from 1000")
         if context.ndim != 3 or len(context) != batch or context.shape[1] > config.text_len or context.shape[2] != config.text_dim:
             raise ValueError(f"context is {shape(context)}; expected ({batch}, at most {config.text_len}, {config.text_dim})")
-        y_shape = (batch, config.in_dim - config.out_dim, *x.shape[2:]) if config.in_dim > config.out_dim else None
-        if shape(y) != y_shape:
-            raise ValueError(f"the condition y is {shape(y)}; this {config.model_type} model with x {shape(x)} takes {y_shape}")
-        clip_shape = (batch, config.image_pos_len or 257, config.image_dim) if config.image_dim else None
-        if shape(clip_features) != clip_shape:
-            raise ValueError(f"clip_features are {shape(clip_features)}; this {config.model_type} model takes {clip_shape}")
+        expected = {name: (batch, *rest) for name, rest in config.condition_shapes(x.shape[1:]).items()}
+        for name, condition in (("y", y), ("clip_features", clip_features)):
+            if shape(condition) != expected.get(name):
+                raise ValueError(f"the condition {name} is {shape(condition)}; this {config.model_type} model with x {shape(x)} takes {expected.get(name)}")
 
     def trunk(self, x, timestep, context, y=None, clip_features=None):
         """
@@ -346,6 +350,7 @@ def hold_first_frame(x, timestep, first_latent, patch_size):
 
 WEIGHTS = "diffusion_pytorch_model"
 COMFYUI_PREFIX = "model.diffusion_model."
+SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 DIFFUSERS_NAMES = {                   # original -> diffusers; only names differ, never a shape or an order
     "patch_embedding": "patch_embedding",
@@ -372,7 +377,7 @@ for ours, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2")):
         DIFFUSERS_NAMES[f"blocks.*.{ours}.{layer}"] = f"blocks.*.{theirs}.{name}"
 ORIGINAL_NAMES = {theirs: ours for ours, theirs in DIFFUSERS_NAMES.items()}
 DIFFUSERS_FIELDS = {                  # WanConfig -> diffusers' config.json
-    "num_heads": "num_attention_heads", "in_dim": "in_channels", "out_dim": "out_channels",
+    "num_heads": "num_attention_heads", "in_dim": "in_channels", "out_dim": "out_channels", "image_pos_len": "pos_embed_seq_len",
     **{name: name for name in ("ffn_dim", "num_layers", "text_dim", "text_len", "freq_dim", "patch_size", "eps")}}
 
 
@@ -391,8 +396,7 @@ def expected_shapes(config):
 def check_shapes(shapes, config, where):
     """shapes {our name: shape} must be exactly those of config; `where(name)` says which file a name is in."""
     expected = expected_shapes(config)
-    wrong = [name for name in expected | shapes if shapes.get(name) != expected.get(name)]
-    if wrong:
+    if wrong := [name for name in expected | shapes if shapes.get(name) != expected.get(name)]:
         preset = next((preset for preset, known in CONFIGS.items() if known == config), config)
         raise ValueError(f"{where(wrong[0])}: tensor {wrong[0]} is {shapes.get(wrong[0], 'missing')}, expected "
                          f"{expected.get(wrong[0], 'no such tensor')} in {preset}; {len(wrong)} tensors of {len(expected)} differ")
@@ -437,8 +441,7 @@ def find_weights(path):
     for shard in sorted(set(weight_map.values())):
         if not (path / shard).is_file():
             raise ValueError(f"{indices[0]} names {shard}, which is not there: the copy or download is not complete")
-        absent = {name for name in weight_map if weight_map[name] == shard} - set(open_safetensors(path / shard).keys())
-        if absent:
+        if absent := {name for name in weight_map if weight_map[name] == shard} - set(open_safetensors(path / shard).keys()):
             raise ValueError(f"{path / shard}: no tensor {min(absent)}, though {indices[0].name} says so")
     return {name: path / shard for name, shard in weight_map.items()}
 
@@ -475,7 +478,7 @@ def open_wan(path, config=None):
     tensors, where = {}, {}                                              # by our names
     for name, file in files.items():
         tensor = handles[file].get_slice(name)
-        if tensor.get_dtype() not in ("F64", "F32", "F16", "BF16") or re.search("scale_weight|scale_input|weight_scale", name):
+        if tensor.get_dtype() not in SAFETENSORS_DTYPES.values() or re.search("scale_weight|scale_input|weight_scale", name):
             raise ValueError(f"{file}: {name} is {tensor.get_dtype()}: 8-bit and scaled files are for inference, their scales are not "
                              "applied here and their steps are too coarse to train from; use the bf16, fp16 or fp32 file")
         ours = rename(name, ORIGINAL_NAMES) if diffusers else name.removeprefix(COMFYUI_PREFIX)
@@ -486,10 +489,12 @@ def open_wan(path, config=None):
     settings, source = read_settings(next(iter(handles)))
     model_type = settings.pop("model_type", None)
     if settings:
-        settings["image_dim"] = shapes.get("img_emb.proj.0.weight", (0,))[0]                 # the CLIP branch is in no original config.json:
-        settings["image_pos_len"] = shapes.get("img_emb.emb_pos", (1, 0))[1]                 # Wan2.1 and 2.2 i2v have the same one
-        unsaid = {"dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim"} - settings.keys()
-        if unsaid:
+        image = {"image_dim": shapes.get("img_emb.proj.0.weight", (0,))[0], "image_pos_len": shapes.get("img_emb.emb_pos", (1, 0))[1]}
+        for name, size in image.items():                                 # not in an original config.json: Wan2.1 and 2.2 i2v have the same one
+            if (settings.get(name, size) or 0) != size:
+                raise ValueError(f"{source}: {name} is {settings[name]}, but the tensors beside it have an image branch of {size}")
+        settings |= image
+        if unsaid := {"dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim"} - settings.keys():
             raise ValueError(f"{source}: no {', '.join(sorted(unsaid))}; not the config.json of a Wan video model")
         found = WanConfig(**settings)
     else:
@@ -530,26 +535,43 @@ def public_config(config, format):
         "pos_embed_seq_len": config.image_pos_len or None}
 
 
-def save_wan(model, path, format="original", config=None, dtype=None, max_shard_bytes=10 * 2**30):
+def write_tensors(file, tensors, read, rename, metadata):
+    """A .safetensors file of tensors {our name: meta tensor}; read(name) gives the values, one tensor at a time, so that no more is held."""
+    header, end = {"__metadata__": metadata}, 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.nbytes
+        header[rename(name)] = {"dtype": SAFETENSORS_DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+    header = json.dumps(header).encode()
+    header += b" " * (-len(header) % 8)                                  # the numbers start at a multiple of 8
+    with open(file, "wb") as out:
+        out.write(struct.pack("<Q", len(header)) + header)
+        for name, tensor in tensors.items():
+            out.write(read(name).detach().to("cpu", tensor.dtype).contiguous().flatten().view(torch.uint8).numpy())
+
+
+def save_wan(model, path, format="original", config=None, dtype=None, max_shard_bytes=10 * 2**30, read=None):
     """
     Write the weights of `model`, a WanModel or a state dict with its `config`, as the public formats have them:
 
         original, diffusers   folder `path` with config.json and one file, or shards of at most max_shard_bytes and their index
         comfyui               single file `path`
 
-    dtype None keeps each tensor's. Weights that stand at `path` already are replaced, other files there are left alone. Everything is
-    written under temporary names before the first file is replaced.
+    dtype None keeps each tensor's. read: a function of a name that fetches a tensor; with it `model` may be on the meta device, and larger than
+    memory. Weights that stand at `path` already are replaced, other files there are left alone. Everything is written under temporary names
+    before the first file is replaced.
     """
     path, config, state = Path(path), config or model.config, model.state_dict() if isinstance(model, nn.Module) else model
     renamed = {"original": lambda name: name, "comfyui": lambda name: COMFYUI_PREFIX + name, "diffusers": lambda name: rename(name, DIFFUSERS_NAMES)}
     if format not in renamed:
         raise ValueError(f"format is {format!r}, expected one of {', '.join(renamed)}")
+    if path.is_dir() if format == "comfyui" else path.is_file() or path.suffix == ".safetensors":
+        raise ValueError(f"{path}: {format} weights are a {'single file, and this is a folder' if format == 'comfyui' else 'folder, and this is a file'}")
     check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, config, lambda name: f"{path} (nothing was written)")
 
-    nbytes = {name: tensor.numel() * (dtype or tensor.dtype).itemsize for name, tensor in state.items()}
+    tensors = {name: torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device="meta") for name, tensor in state.items()}
     shards = [[]]                                                        # of our names
-    for name in state:
-        if shards[-1] and sum(nbytes[other] for other in shards[-1]) + nbytes[name] > max_shard_bytes and format != "comfyui":
+    for name in tensors:
+        if shards[-1] and sum(tensors[other].nbytes for other in (*shards[-1], name)) > max_shard_bytes and format != "comfyui":
             shards.append([])
         shards[-1].append(name)
 
@@ -563,16 +585,13 @@ def save_wan(model, path, format="original", config=None, dtype=None, max_shard_
     if len(shards) > 1:
         files = [path / f"{WEIGHTS}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
         weight_map = {renamed[format](name): file.name for file, shard in zip(files, shards) for name in shard}
-        texts[path / f"{WEIGHTS}.safetensors.index.json"] = {"metadata": {"total_size": sum(nbytes.values())}, "weight_map": weight_map}
+        texts[path / f"{WEIGHTS}.safetensors.index.json"] = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())}, "weight_map": weight_map}
 
     files[0].parent.mkdir(parents=True, exist_ok=True)
     temporary = {file: file.with_name(file.name + ".tmp") for file in (*files, *texts)}
     for file, shard in zip(files, shards):
-        tensors = {renamed[format](name): state[name].detach().to("cpu", dtype, copy=True).contiguous() for name in shard}
-        temporary[file].touch()
-        mode = temporary[file].stat().st_mode
-        save_file(tensors, temporary[file], metadata=header)
-        temporary[file].chmod(mode)                                      # as the umask says; some safetensors make files for the owner only
+        aligned = sorted(shard, key=lambda name: -tensors[name].itemsize)
+        write_tensors(temporary[file], {name: tensors[name] for name in aligned}, read or state.get, renamed[format], header)
     for file, text in texts.items():
         temporary[file].write_text(json.dumps(text, indent=2))
     for file in set(old) - set(temporary.values()):                      # shards of another number, what a killed run left

@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 import toy
-from data import contact_sheet, read_header, read_sample, sample_files, write_sample
+from data import check_samples, contact_sheet, read_header, read_sample, read_summaries, sample_files, write_sample
 from losses import shift_sigma
 from model import hold_first_frame, load_wan, open_wan
 
@@ -303,29 +303,6 @@ def settle(args, config, two_experts):
             args.negative_prompt = NEGATIVE_PREFIX.get(variant, "") + NEGATIVE_PROMPT
 
 
-def check_samples(files, config):
-    """The headers of all files: latents, context and conditions must be what a model of this config takes. Raises ValueError."""
-    for path in files:
-        header = read_header(path)
-        shape = tuple(header["latents"].shape)
-        if shape[0] != config.out_dim or any(size % patch for size, patch in zip(shape[1:], config.patch_size)):
-            raise ValueError(f"{path}: latents are {shape}; this {config.model_type} model takes {config.out_dim} channels and F, H, W that are "
-                             f"multiples of {config.patch_size}; encode for this model, or choose another --init")
-        if header["context"].shape[1] != config.text_dim:
-            raise ValueError(f"{path}: context has width {header['context'].shape[1]}; this model takes {config.text_dim}; encode with its text encoder")
-        takes = {}
-        if config.in_dim > config.out_dim:
-            takes["y"] = (config.in_dim - config.out_dim, *shape[1:])
-        if config.image_dim:
-            takes["clip_features"] = (config.image_pos_len or 257, config.image_dim)
-        found = {name: tuple(header[name].shape) for name in header if name not in ("latents", "context", "metadata")}
-        if config.model_type == "ti2v" and "first_latent" in found:           # which it can do with and without
-            takes["first_latent"] = (shape[0], 1, *shape[2:])
-        if found != takes:
-            raise ValueError(f"{path}: its conditions are {found or 'none'}; this {config.model_type} model takes {takes or 'none'}; "
-                             "encode the videos for this model (encode.py --model), or choose another --init")
-
-
 def read_prompts(prompts):
     """The prompts themselves, or the lines of the one .txt file that is named. Raises ValueError where there are none."""
     if len(prompts) == 1 and prompts[0].endswith(".txt"):
@@ -441,7 +418,7 @@ def main(args):
         open_wan(low, config)
     if args.pairs:
         files = sample_files(Path(args.pairs) / "real")
-        check_samples(files, config)
+        check_samples(read_summaries(files), config)
         args.size = [8 * side for side in read_header(files[0])["latents"].shape[2:]]              # settle() looks at it
     settle(args, config, low is not None)
     sampler = {name: getattr(args, name) for name in ("solver", "steps", "flow_shift", "guidance", *(("low_guidance", "boundary") if low else ()))}

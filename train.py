@@ -3,7 +3,8 @@ Preference post-training of Wan video models, offline objectives: one file, one 
 
     python train.py                                              # Reg-DPO on GT-Pairs in the embedded world, on a laptop
     torchrun --nproc_per_node=8 train.py --loss regdpo           # the same on 8 ranks, the same curve
-    torchrun --nproc_per_node=8 train.py --loss regdpo --model wan2.1-t2v-1.3b --init DIR --data DIR --learning_rate 1e-6 --warmup_steps 50
+    torchrun --nproc_per_node=8 train.py --loss regdpo --init Wan2.1-T2V-1.3B --data DIR --learning_rate 1e-6 --warmup_steps 50
+    python train.py --export out/regdpo/step_000300 --export_format comfyui --export_dtype bfloat16 --out wan.safetensors
 """
 import argparse
 import json
@@ -12,6 +13,7 @@ import resource
 import sys
 import time
 from collections import Counter
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -20,14 +22,15 @@ from tqdm import tqdm
 
 import losses
 import toy
-from data import collate, contact_sheet, draw, open_data, order, randomness, write_sample, write_whole
-from fsdp_utils import (checkpoint_blocks, clip_gradients, ema_update, exchange_branches, find_checkpoint, full_weights, load_checkpoint, load_weights,
-                        extremes, save_checkpoint, shard_model, start_ranks, total)
+from data import check_samples, collate, contact_sheet, draw, open_data, order, randomness, write_sample, write_whole
+from fsdp_utils import (checkpoint_blocks, clip_gradients, ema_update, exchange_branches, extremes, find_checkpoint, load_checkpoint, load_weights,
+                        save_checkpoint, shard_model, start_ranks, stored_weights, total)
 from losses import add_noise, flow_error, importance_weight, next_sigma, safeguard_coefficient, velocity_target
-from model import CONFIGS, WanModel, load_wan, open_wan, save_wan
-from sample import generate, make_negatives, seed_of, weights_digest
+from model import CONFIGS, WanConfig, WanModel, hold_first_frame, load_wan, open_wan, save_wan
+from sample import DEFAULTS, generate, make_negatives, seed_of, weights_digest
 
 HERE = Path(__file__).resolve().parent
+BOUNDARIES = {f"wan2.2-{kind}-a14b": 1000 * DEFAULTS[f"{kind} a14b"]["boundary"] for kind in ("t2v", "i2v")}    # timesteps from here up are the high-noise expert's
 # Which flags belong to which loss; setting one that the loss does not read is an error, not a silent wish.
 LOSS_FLAGS = {"sft": [], "dpo": ["beta"], "regdpo": ["beta", "r", "r_scale", "r_min"],
               "dpo_cm": ["beta", "threshold", "clip", "weight_steps"], "sdpo": ["beta", "clip", "weight_steps"],
@@ -38,7 +41,7 @@ def parse_args(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     # what
     p.add_argument("--loss", default="regdpo", choices=LOSS_FLAGS, help="sdpo is arXiv 2505.21893 (importance weights), diffusion_sdpo 2511.03317 (safeguard)")
-    p.add_argument("--model", default="tiny", choices=CONFIGS)
+    p.add_argument("--model", default="auto", choices=["auto", *CONFIGS], help="auto: what --init holds (tiny for 'scratch'); a name: --init must hold that")
     p.add_argument("--init", default="toy_base", help="weights to start from, which are also the reference; 'scratch' for random ones")
     p.add_argument("--data", default="toy", help="'toy' (made on first use), a folder with real/ and negatives*/, or a .jsonl of pairs")
     p.add_argument("--out", default="out/{loss}", help="the run's folder")
@@ -55,6 +58,7 @@ def parse_args(argv):
     p.add_argument("--penalty", type=float, default=5.0, help="dpop: of a win that got worse")
     p.add_argument("--mu", type=float, default=0.9, help="diffusion_sdpo: how much of the win's descent is guaranteed")
     p.add_argument("--eta", type=float, default=1e-3, help="linear_dpo: smallest weight")
+    p.add_argument("--timestep_sampling", default="uniform", choices=["uniform", "logit_normal"], help="before the shift; logit_normal: sigmoid(N(0, 1))")
     p.add_argument("--flow_shift", type=float, default=3.0, help="of the sigmas trained on, and of the sampler here")
     p.add_argument("--min_timestep", type=float, default=600.0, help="0..1000, after the shift; real and generated clips differ below it in grain, above it in motion")
     p.add_argument("--max_timestep", type=float, default=1000.0)
@@ -79,6 +83,9 @@ def parse_args(argv):
     p.add_argument("--keep", type=int, default=2, help="checkpoints that stay")
     p.add_argument("--resume", default="", help="a step folder, or 'latest'")
     p.add_argument("--log_every", type=int, default=10, help="steps between printed lines; log.jsonl has every step")
+    # weights for others
+    p.add_argument("--export", default="", help="do not train: write the weights in this step folder to --out, the average if it has one and --ema_decay is not 0")
+    p.add_argument("--export_format", default="original", choices=["original", "diffusers", "comfyui"], help="folder, folder, single file; also of the end of training")
     p.add_argument("--export_dtype", default="float32", choices=["float32", "bfloat16"])
     # the embedded world
     p.add_argument("--toy_clips", type=int, default=512, help="real clips made for --data toy")
@@ -146,6 +153,37 @@ def check_args(args, ranks):
 # ------------------------------------------------------------------------------------------------------------------
 # models
 
+def find_model(args):
+    """The WanConfig of --model, or for 'auto' of what --init holds; args.model becomes its name. Whatever is wrong with the files is said here."""
+    if args.init == "scratch":
+        args.model = "tiny" if args.model == "auto" else args.model
+        return CONFIGS[args.model]
+    path = Path(args.init).absolute()
+    try:
+        config, _ = open_wan(path, None if args.model == "auto" else CONFIGS[args.model])
+    except ValueError as error:
+        raise ValueError(f"--model {args.model} --init {args.init}: {error}") from error
+    one_of_two = "_noise" in path.name or path.name.startswith("transformer") and (path.parent / "transformer_2").is_dir()
+    presets = [name for name, known in CONFIGS.items() if known == config]    # two: an expert of T2V-A14B looks like Wan2.1-T2V-14B
+    experts = [name for name in presets if name in BOUNDARIES and one_of_two]
+    found = (experts or presets or [f"{config.model_type} of width {config.dim}, {config.num_layers} blocks"])[0]
+    if experts and args.model not in ("auto", found):
+        raise ValueError(f"--model {args.model} --init {args.init}: by its name this is an expert of {found}; leave out --model, or rename the folder")
+    args.model = found if args.model == "auto" else args.model
+    return config
+
+
+def check_expert(args):
+    """An expert of A14B is trained at the timesteps (after the shift) at which a sampler asks it, and no others. Raises ValueError."""
+    if args.model in BOUNDARIES:
+        name, boundary = Path(args.init).absolute().name, BOUNDARIES[args.model]
+        high, low = "high_noise" in name or name == "transformer", "low_noise" in name or name == "transformer_2"
+        sides = [(boundary, 1000)] * (not low) + [(0, boundary)] * (not high)
+        if not any(first <= args.min_timestep and args.max_timestep <= last for first, last in sides):
+            raise ValueError(f"--min_timestep {args.min_timestep:g} --max_timestep {args.max_timestep:g}: --init {args.init} is one of the two experts of {args.model} "
+                             f"and samples only at timesteps {' or '.join(f'{first:g} to {last:g}' for first, last in sides)}, after the shift; train it there")
+
+
 def build_model(args, config, mesh, checkpointing="off", offload=False):
     """The DiT with the weights of --init, sharded over all ranks; each rank reads its own rows only."""
     if args.init == "scratch":
@@ -169,7 +207,8 @@ def build_model(args, config, mesh, checkpointing="off", offload=False):
 def read_batch(args, dataset, positions, device):
     """The pairs at these positions of the run, with the sigma and the noise of each: functions of (seed, position), nothing else."""
     items = [dataset[order(args.seed, position, len(dataset))] for position in positions]
-    draws = [draw(args.seed, p, item["win"].shape, args.flow_shift, args.min_timestep, args.max_timestep) for p, item in zip(positions, items)]
+    draws = [draw(args.seed, p, item["win"].shape, args.flow_shift, args.min_timestep, args.max_timestep, args.timestep_sampling)
+             for p, item in zip(positions, items)]
     for position, item in zip(positions, items):
         if torch.rand((), generator=randomness(args.seed, position, "dropout")) < args.caption_dropout:
             item["context"] = item["context"][:0]
@@ -186,11 +225,17 @@ def branch(batch, *names):
 
 
 def flow_errors(model, inputs):
-    """Run the model on noised latents. Returns errors (B,) float32, v_pred and v_target (B, C, F, H, W)."""
-    conditions = {name: value for name, value in inputs.items() if name not in ("latents", "sigma", "noise", "context")}
-    x_sigma = add_noise(inputs["latents"], inputs["noise"], inputs["sigma"])
+    """
+    Run the model on noised latents. Returns errors (B,) float32, v_pred and v_target (B, C, F, H, W). Where frame 0 is given clean (TI2V's first_latent)
+    it is no part of them: F is one less, and the error is the mean over what is left.
+    """
+    conditions = {name: value for name, value in inputs.items() if name not in ("latents", "sigma", "noise", "context", "first_latent")}
+    x_sigma, timestep = add_noise(inputs["latents"], inputs["noise"], inputs["sigma"]), 1000 * inputs["sigma"]
     v_target = velocity_target(inputs["latents"], inputs["noise"])
-    v_pred = model(x_sigma, 1000 * inputs["sigma"], inputs["context"], **conditions)
+    given = "first_latent" in inputs
+    if given:
+        x_sigma, timestep = hold_first_frame(x_sigma, timestep, inputs["first_latent"], model.config.patch_size)
+    v_pred, v_target = (v[:, :, given:] for v in (model(x_sigma, timestep, inputs["context"], **conditions), v_target))
     return flow_error(v_pred, v_target), v_pred, v_target
 
 
@@ -326,6 +371,14 @@ def summarise(sums, margins, device):
     return row, sums
 
 
+def export(args, checkpoint, path):
+    """A step folder, written on any number of ranks, as public weights at `path`. Reads and writes one tensor at a time."""
+    found = json.loads((checkpoint / "meta.json").read_text())["config"]
+    weights, read = stored_weights(checkpoint, ema=args.ema_decay > 0)
+    save_wan(weights, path, args.export_format, WanConfig(**found | {"patch_size": tuple(found["patch_size"])}), getattr(torch, args.export_dtype), read=read)
+    print(f"weights in {path}")
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # the embedded world
 
@@ -368,39 +421,31 @@ def sample_held_out(args, model, captions, ranks):
     return toy.decode_pixels(latents.cpu()).clamp(-1, 1)
 
 
-def print_table(marks):
-    """marks {row title: {metric: float}}: the exact metrics of the embedded world, one row each."""
-    names = list(next(iter(marks.values())))
-    print(f"\n{'held-out captions':<20}" + "".join(f"{name:>12}" for name in names))
-    for title, row in marks.items():
-        print(f"{title:<20}" + "".join(f"{row[name]:>12.3f}" for name in names))
-    print("better is:          " + "".join(f"{'higher' if name in ('colour', 'shape', 'direction') else 'lower':>12}" for name in names), flush=True)
-
-
 # ------------------------------------------------------------------------------------------------------------------
 
 def main(args):
     # ---------------- ranks
     ranks = start_ranks(pair=args.backward == "pair")
+    if args.export:
+        if args.out == args.defaults["out"] or (Path(args.out) / "log.jsonl").exists():
+            raise ValueError(f"--export {args.export} --out {args.out}: name a new file or folder with --out, which is not a run's own")
+        if ranks.rank == 0:
+            export(args, find_checkpoint(Path(args.export).parent, args.export, "--export"), args.out)
+        return dist.destroy_process_group()
     check_args(args, ranks)
     talk = print if ranks.rank == 0 else lambda *a, **k: None
-    config = CONFIGS[args.model]
+    config = find_model(args)                                                 # another size or a damaged file: it says so before anything is made
+    check_expert(args)
     needs_pairs = args.loss != "sft"
-    if args.init != "scratch":
-        try:
-            open_wan(args.init, config)                                       # another size or a damaged file: say so before anything is made
-        except ValueError as error:
-            raise ValueError(f"--model {args.model} --init {args.init}: {error}") from error
+    per_rank = args.batch_size // (ranks.data_ranks * args.grad_accum)
 
     # ---------------- data
     toy_world = args.data == "toy"
     if toy_world and (config.text_dim, config.in_dim) != (toy.TEXT_DIM, toy.CHANNELS):
         raise ValueError(f"--model {args.model} with --data toy: the embedded world is for the tiny model; name a folder of encoded samples with --data")
     dataset = open_data(make_world(args, config, ranks) if toy_world else args.data, needs_pairs)
+    check_samples(dataset.wins, config, per_rank)
     first = dataset[0]
-    if first["win"].shape[0] != config.out_dim or first["context"].shape[1] != config.text_dim:
-        raise ValueError(f"{first['name']}: latents have {first['win'].shape[0]} channels and text width {first['context'].shape[1]}; "
-                         f"--model {args.model} takes {config.out_dim} and {config.text_dim}: encode for this model, or name another --model")
 
     # ---------------- models
     policy = build_model(args, config, ranks.mesh, args.checkpointing)
@@ -417,7 +462,7 @@ def main(args):
     # ---------------- resume
     # what decides the numbers of a run, and so must not change on resume; ranks, accumulation, memory flags and steps may
     fixed = {name: getattr(args, name) for name in ("loss", "model", "seed", "batch_size", "learning_rate", "weight_decay", "warmup_steps", "decay_steps",
-             "max_grad_norm", "loss_scale", "ema_decay", "flow_shift", "min_timestep", "max_timestep", "caption_dropout", *LOSS_FLAGS[args.loss])}
+             "max_grad_norm", "loss_scale", "ema_decay", "timestep_sampling", "flow_shift", "min_timestep", "max_timestep", "caption_dropout", *LOSS_FLAGS[args.loss])}
     files = [path for pair in dataset.pairs for path in pair] if needs_pairs else dataset.files
     fixed |= {"init": "scratch" if args.init == "scratch" else weights_digest(args.init),
               "data": f"{len(dataset)} {'pairs' if needs_pairs else 'samples'}, {seed_of([Path(path).name for path in files]):x}"}
@@ -428,7 +473,8 @@ def main(args):
     start = 0
     log_path = args.out / "log.jsonl"
     if args.resume:
-        start = load_checkpoint(find_checkpoint(args.out, args.resume), policy, optimizer, ema, fixed)
+        checkpoint = find_checkpoint(args.out, args.resume)
+        start = load_checkpoint(checkpoint, policy, optimizer, ema, fixed)
     if ranks.rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)
         flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name != "defaults"}
@@ -440,13 +486,12 @@ def main(args):
 
     # ---------------- what will happen
     parameters = sum(p.numel() for p in policy.parameters())
-    per_rank = args.batch_size // (ranks.data_ranks * args.grad_accum)
     tokens = math.prod(n // p for n, p in zip(first["win"].shape[1:], config.patch_size))
     gib = lambda copies: copies * 4 * parameters / ranks.world / 2 ** 30
     talk(f"{args.model}: {parameters:,} parameters, {ranks.world} rank{'s' * (ranks.world > 1)} on {ranks.device.type}, torch {torch.__version__}")
     talk(f"memory per rank: weights {gib(1):.3f} GiB, gradients {gib(1):.3f}, AdamW {gib(2):.3f}, "
          f"reference {gib(1) if needs_pairs else 0:.3f}{' (CPU)' if args.ref == 'offload' else ''}, ema {gib(1) if ema is not None else 0:.3f}; activations on top")
-    talk(f"{len(dataset):,} {'pairs' if needs_pairs else 'samples'} in {dataset_name(args)}, latents {tuple(first['win'].shape)} = {tokens:,} tokens, context {tuple(first['context'].shape)}"
+    talk(f"{len(dataset):,} {'pairs' if needs_pairs else 'samples'} in {'the embedded world' if toy_world else args.data}, latents {tuple(first['win'].shape)} = {tokens:,} tokens, context {tuple(first['context'].shape)}"
          + (f"; {len(dataset.unpaired)} real samples have no negative and are left out" if needs_pairs and dataset.unpaired else ""))
     talk(f"a step: {args.batch_size} pairs = {ranks.data_ranks} data ranks x {args.grad_accum} accumulation x {per_rank}; "
          f"steps {start} to {args.steps} = {(args.steps - start) * args.batch_size / len(dataset):.1f} epochs; log in {log_path}")
@@ -517,46 +562,32 @@ def main(args):
                              else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)) / 2 ** 30
         row["tokens_per_second"] = args.batch_size * tokens * (2 if needs_pairs else 1) / row["seconds"]
         if ranks.rank == 0:
-            with open(log_path, "a") as log:
-                log.write(json.dumps({name: round_number(value) for name, value in row.items() if name != "pairs"}) + "\n")
+            exact = json.dumps({name: value for name, value in row.items() if name != "pairs"})
+            with open(log_path, "a") as log:                                  # six digits are more than a curve shows and halve the log
+                log.write(json.dumps(json.loads(exact, parse_float=lambda digits: float(f"{float(digits):.7g}"))) + "\n")
             if step % args.log_every == 0 or step == args.steps - 1:
                 shown = [name for name in ("loss", "accuracy", "margin", "win_gap", "lose_gap", "dgr", "err_win", "kept", "grad_norm", "seconds") if name in row]
                 print(f"step {step:>5}  " + "  ".join(f"{name} {row[name]:.4g}" for name in shown), flush=True)
 
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            save_checkpoint(args.out, step + 1, policy, optimizer, ema, fixed, args.keep)
+            checkpoint = save_checkpoint(args.out, step + 1, policy, optimizer, ema, fixed | {"config": asdict(config)}, args.keep)
         if args.sample_every and (step + 1) % args.sample_every == 0 and step + 1 < args.steps and args.eval_clips:
             videos = evaluate(f"step {step + 1}", policy if ema is None else ema)
             if ranks.rank == 0:
                 picture(args.out / "samples" / f"step_{step + 1:06d}.png", videos)
 
     # ---------------- what came out
-    weights = full_weights(policy if ema is None else ema)
     if ranks.rank == 0:
-        save_wan(weights, args.out / "export", config=config, dtype=getattr(torch, args.export_dtype))
-        print(f"weights in {args.out / 'export'}")
+        export(args, checkpoint, args.out / ("export.safetensors" if args.export_format == "comfyui" else "export"))
     if toy_world and args.eval_clips:
         videos = evaluate("after", policy if ema is None else ema)
         if ranks.rank == 0:
             picture(args.out / "samples" / "after.png", videos)
             (args.out / "samples" / "marks.json").write_text(json.dumps(marks, indent=1))
-            print_table(marks | {"real clips": toy.score(held_out, captions, yardstick)})
+            toy.print_table(marks | {"real clips": toy.score(held_out, captions, yardstick)})
             print(f"picture (per held-out caption: real{', before' * (len(sheets) > 1)}, after) in {args.out / 'samples' / 'after.png'}")
     dist.barrier()
     dist.destroy_process_group()
-
-
-def dataset_name(args):
-    return "the embedded world" if args.data == "toy" else args.data
-
-
-def round_number(value):
-    """Six digits are more than a curve shows and halve the log."""
-    if isinstance(value, dict):
-        return {name: round_number(v) for name, v in value.items()}
-    if isinstance(value, list):
-        return [round_number(v) for v in value]
-    return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
 if __name__ == "__main__":

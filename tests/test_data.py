@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import os
@@ -10,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 import data
-from data import PairSet, SampleSet, collate, draw, open_data, order, pairs_by_stem, pairs_from_jsonl, randomness, read_header, read_sample, write_sample
+from data import PairSet, SampleSet, check_samples, collate, draw, open_data, order, pairs_by_stem, pairs_from_jsonl, randomness, read_header, read_sample, write_sample
+from model import WanConfig
 
 
 def sample(path, shape=(2, 3, 4, 4), words=3, width=5, value=0.5, prompt="a red ball", **conditions):
@@ -261,6 +263,66 @@ def test_missing_and_empty_data_say_what_to_run(tmp_path):
     assert "has 1 samples, but there is no negatives*/ folder with any" in says and f"python sample.py --pairs {tmp_path}" in says
 
 
+# samples against the model they are for
+
+SMALL = dict(dim=24, ffn_dim=8, num_heads=2, num_layers=1, out_dim=2, text_dim=5, text_len=6)
+MODELS = {"t2v": WanConfig(**SMALL, in_dim=2), "i2v": WanConfig(**SMALL, in_dim=5), "i2v with CLIP": WanConfig(**SMALL, in_dim=5, image_dim=7),
+          "flf2v": WanConfig(**SMALL, in_dim=5, image_dim=7, image_pos_len=514), "ti2v": WanConfig(**SMALL | {"out_dim": 48}, in_dim=48)}
+CONDITIONS = {"t2v": {}, "i2v": {"y": (3, 3, 4, 4)}, "i2v with CLIP": {"y": (3, 3, 4, 4), "clip_features": (257, 7)},
+              "flf2v": {"y": (3, 3, 4, 4), "clip_features": (514, 7)}, "ti2v": {"first_latent": (48, 1, 4, 4)}}
+
+
+def pairs_for(folder, model, latents=None, words=3, width=5, of_loser=(), **shapes):
+    """Two pairs whose second win has these shapes and whose losers have conditions of their own, which no one reads."""
+    usual = (MODELS[model].out_dim, 3, 4, 4)
+    for i, (shape, rows, conditions) in enumerate(((usual, 3, CONDITIONS[model]), (latents or usual, words, CONDITIONS[model] | shapes))):
+        tensors = {name: torch.zeros(of) for name, of in conditions.items() if of}
+        sample(folder / "real" / f"{i}.safetensors", shape, rows, width, **tensors)
+        sample(folder / "negatives" / f"{i}.safetensors", shape, rows, width, **{name: torch.zeros(1) for name in of_loser})
+    return open_data(folder, pairs=True)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_samples_that_fit_their_model_pass_and_those_of_another_variant_do_not(tmp_path, model):
+    check_samples(pairs_for(tmp_path, model, of_loser=("y", "mask")).wins, MODELS[model], together=2)
+    check_samples(SampleSet(tmp_path / "real").wins, MODELS[model], together=2)
+    for other in MODELS.keys() - {model}:
+        message = refusal(check_samples, pairs_for(tmp_path, model).wins, MODELS[other])
+        assert str(tmp_path / "real" / "0.safetensors") in message and "choose the model that it was encoded for (--init)" in message
+
+
+@pytest.mark.parametrize("model, changes, says", [
+    ("t2v", dict(latents=(2, 3, 4, 5)), "latents are (2, 3, 4, 5); the model cuts F, H, W into patches of (1, 2, 2)"),
+    ("t2v", dict(words=7), "context is (7, 5); this t2v model takes at most 6 rows of width 5"),
+    ("t2v", dict(y=(3, 3, 4, 4)), "the condition y is (3, 3, 4, 4); this t2v model with latents (2, 3, 4, 4) takes no such condition"),
+    ("i2v", dict(y=None), "the condition y is missing; this i2v model with latents (2, 3, 4, 4) takes (3, 3, 4, 4)"),
+    ("i2v", dict(y=(3, 1, 4, 4)), "the condition y is (3, 1, 4, 4); this i2v model with latents (2, 3, 4, 4) takes (3, 3, 4, 4)"),
+    ("i2v", dict(latents=(2, 3, 4, 6)), "the condition y is (3, 3, 4, 4); this i2v model with latents (2, 3, 4, 6) takes (3, 3, 4, 6)"),
+    ("i2v", dict(clip_features=(257, 7)), "the condition clip_features is (257, 7); this i2v model with latents (2, 3, 4, 4) takes no such condition"),
+    ("i2v with CLIP", dict(clip_features=None), "the condition clip_features is missing; this i2v model with latents (2, 3, 4, 4) takes (257, 7)"),
+    ("flf2v", dict(clip_features=(257, 7)), "the condition clip_features is (257, 7); this flf2v model with latents (2, 3, 4, 4) takes (514, 7)"),
+    ("ti2v", dict(first_latent=(48, 3, 4, 4)), "the condition first_latent is (48, 3, 4, 4); this ti2v model with latents (48, 3, 4, 4) takes (48, 1, 4, 4)"),
+    ("ti2v", dict(latents=(48, 1, 4, 4)), "the condition first_latent is (48, 1, 4, 4); this ti2v model with latents (48, 1, 4, 4) takes no such condition"),   # nothing would be left to learn
+])
+def test_one_sample_of_a_set_that_does_not_fit_is_named_with_what_was_found_and_expected(tmp_path, model, changes, says):
+    dataset = pairs_for(tmp_path, model, **changes)
+    assert f"{tmp_path / 'real' / '1.safetensors'}: {says}" in refusal(check_samples, dataset.wins, MODELS[model])
+
+
+def test_channels_and_text_width_of_another_encoder_are_refused(tmp_path):
+    assert "latents are (2, 3, 4, 4), of 2 channels; this t2v model has 16" in refusal(
+        check_samples, pairs_for(tmp_path, "t2v").wins, dataclasses.replace(MODELS["t2v"], in_dim=16, out_dim=16))
+    assert "context is (3, 9); this t2v model takes at most 6 rows of width 5" in refusal(check_samples, pairs_for(tmp_path, "t2v", width=9).wins, MODELS["t2v"])
+
+
+def test_samples_that_go_through_the_model_together_must_be_alike(tmp_path):
+    for changes in (dict(latents=(48, 3, 4, 6), first_latent=(48, 1, 4, 6)), dict(first_latent=None)):    # another size; text-to-video among image-to-video
+        dataset = pairs_for(tmp_path, "ti2v", **changes)
+        check_samples(dataset.wins, MODELS["ti2v"])
+        message = refusal(check_samples, dataset.wins, MODELS["ti2v"], 2)
+        assert str(tmp_path / "real" / "1.safetensors") in message and "2 samples go through the model together" in message and "--grad_accum" in message
+
+
 # order, noise, batches
 
 def test_order_is_a_fresh_permutation_every_epoch():
@@ -311,15 +373,31 @@ def test_sigma_of_a_position_does_not_depend_on_the_shape_of_the_latents():
     assert draw(3, 11, (1, 1, 2, 2), 5.0, 0, 1000)[0] == draw(3, 11, (16, 5, 8, 8), 5.0, 0, 1000)[0]
 
 
+@pytest.mark.parametrize("sampling", ["uniform", "logit_normal"])
 @pytest.mark.parametrize("shift, low, high", [(1.0, 0, 1000), (5.0, 0, 1000), (5.0, 875, 1000), (12.0, 0, 875), (0.5, 200, 400)])
-def test_sigma_is_the_shifted_uniform_within_the_limits_after_the_shift(shift, low, high):
+def test_sigma_has_the_shifted_distribution_within_the_limits_after_the_shift(shift, low, high, sampling):
     n = 4000
-    sigmas = np.sort([draw(0, position, (1,), shift, low, high)[0] for position in range(n)])
+    sigmas = np.sort([draw(0, position, (1,), shift, low, high, sampling)[0] for position in range(n)])
     assert low / 1000 <= sigmas[0] and sigmas[-1] <= high / 1000 and sigmas[0] > 0
-    def cdf(sigma):   # P(sigma' < sigma): the inverse shift, stretched over the limits
-        inverse = lambda x: x / (shift - (shift - 1) * x)
-        return (inverse(sigma) - inverse(low / 1000)) / (inverse(high / 1000) - inverse(low / 1000))
+    def below(sigma):   # P(sigma' < sigma) without limits; in logits a shift is an addition, so no code is shared with draw
+        logit = torch.logit(torch.as_tensor(sigma, dtype=torch.float64)) - math.log(shift)
+        return (torch.sigmoid(logit) if sampling == "uniform" else (1 + torch.erf(logit / math.sqrt(2))) / 2).numpy()
+    cdf = lambda sigma: (below(sigma) - below(low / 1000)) / (below(high / 1000) - below(low / 1000))
     assert np.abs(cdf(sigmas) - (np.arange(n) + 0.5) / n).max() < 1.63 / math.sqrt(n)   # Kolmogorov-Smirnov at 1 %
+
+
+def test_uniform_draws_are_those_of_the_first_release():
+    # a run that is resumed, or compared with one of last year, sees the same sigma and noise
+    sigma, noise = draw(0, 0, (2,), 3.0, 600, 1000)
+    assert sigma == 0.8998296106820554 and noise.tolist() == pytest.approx([-0.4673, 1.0586], abs=1e-4)
+    assert draw(0, 1, (1,), 3.0, 600, 1000)[0] == 0.9821705711667864 and draw(5, 123456, (1,), 5.0, 0, 875)[0] == 0.8168367074142282
+    assert torch.equal(draw(0, 0, (2,), 3.0, 600, 1000, "logit_normal")[1], noise)
+
+
+def test_the_middle_of_the_bell_worked_by_hand(monkeypatch):
+    # a random number of 1/2 gives half the bell, logit 0, u = 1/2, and at shift 3 sigma = 1.5 / 2 = 0.75
+    monkeypatch.setattr(data.torch, "rand", lambda *args, **kwargs: torch.tensor(0.5, dtype=torch.float64))
+    assert draw(0, 0, (1,), 3.0, 0, 1000, "logit_normal")[0] == pytest.approx(0.75, abs=1e-12)
 
 
 def test_the_middle_of_the_shift_worked_by_hand(monkeypatch):
@@ -334,8 +412,10 @@ def test_the_middle_of_the_shift_worked_by_hand(monkeypatch):
 def test_rounding_does_not_take_sigma_over_a_limit(monkeypatch):
     for number in (0.0, 1 - 2 ** -53):   # the ends of what rand gives; without the clamp every seventh of these limits would be crossed
         monkeypatch.setattr(data.torch, "rand", lambda *args, **kwargs: torch.tensor(number, dtype=torch.float64))
-        for low in range(0, 999, 7):
-            assert low / 1000 <= draw(0, 0, (1,), 5.0, low, low + 1)[0] <= (low + 1) / 1000
+        for low in (*range(0, 999, 7), 999):
+            for sampling in ("uniform", "logit_normal"):
+                assert low / 1000 <= draw(0, 0, (1,), 5.0, low, low + 1, sampling)[0] <= (low + 1) / 1000
+        assert 0 <= draw(0, 0, (1,), 5.0, 0, 1000, "logit_normal")[0] <= 1
 
 
 @pytest.mark.parametrize("args, says", [((0.0, 0, 1000), "--flow_shift 0.0"), ((math.nan, 0, 1000), "--flow_shift nan"),

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import shutil
+import weakref
 from pathlib import Path
 
 import pytest
@@ -354,6 +355,34 @@ def test_weights_can_be_written_and_read_as_another_dtype(tiny, tmp_path, dtype)
     assert {parameter.dtype for parameter in load_wan(tmp_path / "model.safetensors").parameters()} == {torch.float32}
 
 
+def test_weights_go_from_one_format_to_another_one_tensor_at_a_time(tmp_path):
+    model, held = make_case("flf2v")[0], []
+    save_wan(model, tmp_path / "diffusers", "diffusers", max_shard_bytes=10**5)
+    config, tensors = open_wan(tmp_path / "diffusers")
+    with torch.device("meta"):
+        empty = WanModel(config)
+
+    def read(name):
+        assert not held or held[-1]() is None, "the tensor before this one is still in memory"
+        tensor = tensors[name][:]
+        held.append(weakref.ref(tensor))
+        return tensor
+    save_wan(empty, tmp_path / "comfyui.safetensors", "comfyui", read=read)
+    assert len(held) == len(model.state_dict()) and same_weights(load_wan(tmp_path / "comfyui.safetensors").state_dict(), model.state_dict())
+
+
+def test_tensors_of_two_types_are_written_with_each_aligned_to_its_own(tiny, tmp_path):
+    state = {name: tensor.bfloat16() if i % 2 else tensor for i, (name, tensor) in enumerate(tiny.state_dict().items())}
+    state["head.head.bias"] = state["head.head.bias"].double()
+    save_wan(state, tmp_path, config=tiny.config)
+    assert {name: tensor.dtype for name, tensor in load_file(tmp_path / WHOLE).items()} == {name: tensor.dtype for name, tensor in state.items()}
+    with open(tmp_path / WHOLE, "rb") as file:
+        header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        start = file.tell()
+    for name, tensor in state.items():
+        assert (start + header[name]["data_offsets"][0]) % tensor.itemsize == 0, name
+
+
 def test_slices_read_rows_only_under_the_original_names(tiny, tmp_path):
     save_wan(tiny, tmp_path, "diffusers", max_shard_bytes=10**6)
     config, tensors = open_wan(tmp_path)
@@ -366,18 +395,18 @@ def test_slices_read_rows_only_under_the_original_names(tiny, tmp_path):
 def test_a_failed_write_leaves_the_old_weights(tiny, tmp_path, monkeypatch):
     save_wan(tiny, tmp_path, max_shard_bytes=10**6)
     old = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
-    written = []
+    written, write = [], model_file.write_tensors
 
-    def full_disk(tensors, file, metadata):
+    def full_disk(file, *args):
         if written:
             raise OSError("No space left on device")
-        written.append(save_file(tensors, file, metadata=metadata))
-    monkeypatch.setattr(model_file, "save_file", full_disk)
+        written.append(write(file, *args))
+    monkeypatch.setattr(model_file, "write_tensors", full_disk)
     with torch.no_grad():
         tiny.patch_embedding.weight += 1
     with pytest.raises(OSError):
         save_wan(tiny, tmp_path, max_shard_bytes=10**6)
-    assert written and same_weights(load_wan(tmp_path).state_dict(), old)
+    assert written and (tmp_path / "diffusion_pytorch_model-00001-of-00006.safetensors.tmp").exists() and same_weights(load_wan(tmp_path).state_dict(), old)
     monkeypatch.undo()
     save_wan(tiny, tmp_path, max_shard_bytes=10**6)
     assert same_weights(load_wan(tmp_path).state_dict(), tiny.state_dict()) and not list(tmp_path.glob("*.tmp"))
@@ -487,6 +516,25 @@ def test_a_bad_checkpoint_is_refused_with_the_reason(name, tiny, tmp_path):
         load_wan(tmp_path / "folder")
 
 
+@pytest.mark.parametrize("extra", [{}, {"scaled_fp8": torch.zeros(2).to(torch.float8_e4m3fn), "blocks.0.ffn.0.scale_weight": torch.ones(1)}])
+def test_an_8_bit_file_of_comfyui_is_refused_with_the_reason(tiny, extra, tmp_path):
+    state = {name: tensor.to(torch.float8_e4m3fn) if name.endswith("weight") and tensor.ndim == 2 else tensor.half() for name, tensor in tiny.state_dict().items()}
+    save_file({"model.diffusion_model." + name: tensor for name, tensor in (state | extra).items()}, tmp_path / "wan_fp8.safetensors")
+    with pytest.raises(ValueError, match=r"wan_fp8.safetensors: model.diffusion_model.\S+ is F\S+: 8-bit and scaled files are for inference.*use the bf16, fp16 or fp32 file"):
+        open_wan(tmp_path / "wan_fp8.safetensors")
+
+
+@pytest.mark.parametrize("name, changes, says", [
+    ("i2v-clip", dict(image_dim=None), "image_dim is None, but the tensors beside it have an image branch of 40"),
+    ("i2v-a14b", dict(image_dim=1280), "image_dim is 1280, but the tensors beside it have an image branch of 0"),
+    ("flf2v", dict(pos_embed_seq_len=None), "image_pos_len is None, but the tensors beside it have an image branch of 514")])
+def test_an_image_branch_that_is_not_what_config_json_says_is_refused(name, changes, says, tmp_path):
+    save_wan(make_case(name)[0], tmp_path, "diffusers")
+    (tmp_path / "config.json").write_text(json.dumps(json.loads((tmp_path / "config.json").read_text()) | changes))
+    with pytest.raises(ValueError, match="config.json: " + says):
+        open_wan(tmp_path)
+
+
 def test_weights_of_another_variant_than_the_one_asked_for_are_refused(tiny, tmp_path):
     save_wan(tiny, tmp_path / "folder")
     with pytest.raises(ValueError, match=r"config.json: dim is 128, expected 1536 in the model asked for"):
@@ -507,6 +555,10 @@ def test_pickled_weights_are_not_read(tiny, tmp_path):
 def test_save_wan_refuses_an_unknown_format_and_weights_that_do_not_fit(tiny, tmp_path):
     with pytest.raises(ValueError, match=r"format is 'gguf', expected one of original, comfyui, diffusers"):
         save_wan(tiny, tmp_path, "gguf")
+    with pytest.raises(ValueError, match=r"comfyui weights are a single file, and this is a folder"):
+        save_wan(tiny, tmp_path, "comfyui")
+    with pytest.raises(ValueError, match=r"model.safetensors: diffusers weights are a folder, and this is a file"):
+        save_wan(tiny, tmp_path / "model.safetensors", "diffusers")
     state = tiny.state_dict()
     del state["head.modulation"]
     with pytest.raises(ValueError, match=r"nothing was written\): tensor head.modulation is missing, expected \(1, 2, 128\) in tiny"):
@@ -524,12 +576,12 @@ BAD_INPUTS = {
     "too long a context": ("t2v", dict(context=torch.zeros(2, 13, 20)), r"context is \(2, 13, 20\); expected \(2, at most 12, 20\)"),
     "context of another encoder": ("t2v", dict(context=torch.zeros(2, 9, 21)), r"context is \(2, 9, 21\)"),
     "context without batch": ("t2v", dict(context=torch.zeros(9, 20)), r"context is \(9, 20\)"),
-    "no condition": ("i2v-a14b", dict(y=None), r"y is None; this i2v model with x \(2, 4, 3, 6, 10\) takes \(2, 5, 3, 6, 10\)"),
+    "no condition": ("i2v-a14b", dict(y=None), r"condition y is None; this i2v model with x \(2, 4, 3, 6, 10\) takes \(2, 5, 3, 6, 10\)"),
     "condition of another size": ("i2v-a14b", dict(y=torch.zeros(2, 5, 1, 6, 10)), r"y is \(2, 5, 1, 6, 10\)"),
     "condition for a text model": ("t2v", dict(y=torch.zeros(2, 5, 3, 6, 10)), r"y is \(2, 5, 3, 6, 10\); this t2v .* takes None"),
-    "no CLIP features": ("i2v-clip", dict(clip_features=None), r"clip_features are None; this i2v model takes \(2, 257, 40\)"),
-    "CLIP features of one image for two": ("flf2v", dict(clip_features=torch.zeros(2, 257, 40)), r"this flf2v model takes \(2, 514, 40\)"),
-    "CLIP features for Wan2.2": ("i2v-a14b", dict(clip_features=torch.zeros(2, 257, 40)), r"clip_features are \(2, 257, 40\); .* takes None"),
+    "no CLIP features": ("i2v-clip", dict(clip_features=None), r"condition clip_features is None; this i2v model with x .* takes \(2, 257, 40\)"),
+    "CLIP features of one image for two": ("flf2v", dict(clip_features=torch.zeros(2, 257, 40)), r"this flf2v model with x .* takes \(2, 514, 40\)"),
+    "CLIP features for Wan2.2": ("i2v-a14b", dict(clip_features=torch.zeros(2, 257, 40)), r"clip_features is \(2, 257, 40\); .* takes None"),
 }
 
 

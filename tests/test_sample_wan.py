@@ -205,14 +205,15 @@ def test_one_expert_alone_is_refused(wan_folder):
 
 
 @pytest.mark.parametrize("variant, made_for, change, words", [
-    ("i2v", "t2v", {}, "its conditions are none; this i2v model takes .*'y': .20, 2, 4, 2"),
-    ("t2v", "i2v", {}, "its conditions are .*this t2v model takes none"),
-    ("flf2v", "i2v", {}, "its conditions are .*257.*takes .*514"),
-    ("i2v a14b", "i2v", {}, "clip_features.*this i2v model takes"),
-    ("t2v", "ti2v", {}, "latents are .48, 2, 4, 2.; this t2v model takes 16 channels"),
-    ("ti2v", "ti2v", {"first_latent": torch.zeros(48, 2, 4, 2)}, "first_latent': .48, 2, 4, 2.*takes .*48, 1, 4, 2"),
-    ("t2v", "t2v", {"latents": torch.zeros(16, 2, 4, 3)}, "latents are .16, 2, 4, 3.*multiples of .1, 2, 2."),
-    ("t2v", "t2v", {"context": torch.zeros(3, 24)}, "context has width 24; this model takes 20"),
+    ("i2v", "t2v", {}, "the condition clip_features is missing; this i2v model .* takes .257, 8."),
+    ("t2v", "i2v", {}, "the condition clip_features is .257, 8.; this t2v model .* takes no such condition"),
+    ("flf2v", "i2v", {}, "the condition clip_features is .257, 8.; .* takes .514, 8."),
+    ("i2v a14b", "i2v", {}, "the condition clip_features is .257, 8.; .* takes no such condition"),
+    ("i2v a14b", "t2v", {}, "the condition y is missing; this i2v model .* takes .20, 2, 4, 2."),
+    ("t2v", "ti2v", {}, "latents are .48, 2, 4, 2., of 48 channels; this t2v model has 16"),
+    ("ti2v", "ti2v", {"first_latent": torch.zeros(48, 2, 4, 2)}, "the condition first_latent is .48, 2, 4, 2.;.* takes .48, 1, 4, 2."),
+    ("t2v", "t2v", {"latents": torch.zeros(16, 2, 4, 3)}, "latents are .16, 2, 4, 3.; the model cuts F, H, W into patches of .1, 2, 2."),
+    ("t2v", "t2v", {"context": torch.zeros(3, 24)}, "context is .3, 24.; this t2v model takes at most 512 rows of width 20"),
 ])
 def test_samples_of_another_variant_are_refused_before_anything_is_loaded(wan_folder, log, tmp_path, variant, made_for, change, words):
     config = VARIANTS[made_for]

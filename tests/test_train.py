@@ -244,7 +244,7 @@ def test_bad_flags_are_refused_with_the_flag_and_what_to_do(world, tmp_path, fla
 
 def test_a_checkpoint_of_another_size_is_refused_before_anything_is_loaded(world, tmp_path):
     save_wan(WanModel(dataclasses.replace(CONFIGS["tiny"], num_layers=2)), tmp_path / "small")
-    message = main_fails(world, tmp_path, "--init", str(tmp_path / "small"))
+    message = main_fails(world, tmp_path, "--model", "tiny", "--init", str(tmp_path / "small"))
     assert "num_layers" in message and "2" in message and "4" in message and not (tmp_path / "out").exists()
 
 

@@ -1,0 +1,341 @@
+"""What train.py needs for the public models beside the embedded world: variants, conditions, experts, loading sharded, exports. Small models of every type."""
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+import losses
+import model as model_file
+import train
+from benchmarks import load_memory
+from data import check_samples, draw, open_data, write_sample
+from make_golden import CASES
+from model import CONFIGS, WanConfig, WanModel, load_wan, rename, save_wan, DIFFUSERS_NAMES
+from test_train import POOLS, main_fails, run, same_run, world                # `world`: the fixture of a tiny text-to-video model
+
+MODELS = {"i2v": CASES["i2v-clip"], "flf2v": CASES["flf2v"], "i2v-a14b": CASES["i2v-a14b"],
+          "ti2v": WanConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=2, in_dim=48, out_dim=48, text_dim=20, text_len=12)}
+
+
+def make_world(folder, config, pairs=8):
+    """A random model that does predict something, and GT-Pairs for it. Losers carry conditions of their own, which nobody may read."""
+    torch.manual_seed(0)
+    model = WanModel(config)
+    torch.nn.init.normal_(model.head.head.weight, std=0.05)
+    save_wan(model, folder / "base")
+    shape = (config.out_dim, 3, 4, 6)
+    for i in range(pairs):
+        g = torch.Generator().manual_seed(i)
+        context = torch.randn(3 + i % 4, config.text_dim, generator=g)
+        for kind in ("real", "negatives"):
+            conditions = {name: torch.randn(of, generator=g) for name, of in config.condition_shapes(shape).items()}
+            write_sample(folder / "data" / kind / f"{i:03d}.safetensors", torch.randn(shape, generator=g), context, {"prompt": f"caption {i}"}, **conditions)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def worlds(tmp_path_factory):
+    return {name: make_world(tmp_path_factory.mktemp(name), config) for name, config in MODELS.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# image conditions
+
+class Recorder(torch.nn.Module):
+    """Stands for a model: keeps what it was given, and answers with zeros."""
+    def __init__(self, config):
+        super().__init__()
+        self.config, self.calls, self.bias = config, [], torch.nn.Parameter(torch.zeros(()))
+
+    def forward(self, x, timestep, context, **conditions):
+        self.calls.append({"x": x, "timestep": timestep, "context": context, **conditions})
+        return torch.zeros_like(x) + self.bias
+
+
+@pytest.mark.parametrize("backward", ["joint", "sequential"])
+@pytest.mark.parametrize("name", MODELS)
+def test_exactly_the_conditions_of_the_win_reach_both_branches_and_the_reference(worlds, name, backward):
+    args = train.parse_args(["--backward", backward, "--min_timestep", "300"])
+    dataset = open_data(worlds[name] / "data", pairs=True)
+    batch = train.read_batch(args, dataset, range(3), "cpu")
+    wins = [load_file(dataset.pairs[train.order(0, p, 8)][0]) for p in range(3)]
+    policy, ref = Recorder(MODELS[name]), Recorder(MODELS[name])
+    train.backward_batch(args, policy, ref, batch, 1.0, None)
+    copies = 2 if backward == "joint" else 1
+    assert (len(policy.calls), len(ref.calls)) == ((1, 1) if copies == 2 else (3, 2))
+    for call in policy.calls + ref.calls:
+        assert call.keys() - {"x", "timestep", "context"} == MODELS[name].condition_shapes((4, 3, 4, 6)).keys() - {"first_latent"}
+        for key in call.keys() & {"y", "clip_features"}:
+            assert torch.equal(call[key], torch.stack([win[key] for win in wins] * copies)), key
+        if name == "ti2v":
+            assert torch.equal(call["x"][:, :, :1], torch.stack([win["first_latent"] for win in wins] * copies))
+    xs = [torch.cat([call["x"] for call in model.calls]) for model in (policy, ref)]
+    if backward == "joint":
+        assert torch.equal(*xs) and not torch.equal(*xs[0].chunk(2))          # policy and reference see the same; win and lose differ
+
+
+@pytest.mark.parametrize("loss", ["regdpo", "diffusion_sdpo"])
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_with_image_conditions_equal_those_of_the_loss_written_down_plainly(worlds, name, loss):
+    """As in test_train.py, in float64. What is counted of TI2V is written down here once more: frames 1 and later, whose tokens alone have a timestep."""
+    args = train.parse_args(["--loss", loss, "--min_timestep", "300"])
+    args.beta = 20.0                                                          # two random models are far apart; 1000 would saturate
+    dataset = open_data(worlds[name] / "data", pairs=True)
+    torch.manual_seed(1)
+    policy, ref = (WanModel(MODELS[name]).double() for _ in range(2))
+    for model in (policy, ref):
+        torch.nn.init.normal_(model.head.head.weight, std=0.05)
+    ref.requires_grad_(False)
+    batch = {key: value.double() if torch.is_tensor(value) else value for key, value in train.read_batch(args, dataset, range(2), "cpu").items()}
+    conditions = {key: batch[key] for key in ("y", "clip_features") if key in batch}
+
+    def err(model, kind):
+        sigma = batch["sigma"].view(-1, 1, 1, 1, 1)
+        x, timestep, counted = (1 - sigma) * batch[kind] + sigma * batch["noise"], 1000 * batch["sigma"], slice(0, 3)
+        if name == "ti2v":                                                    # 3 frames of 2 x 3 tokens
+            x[:, :, 0], counted = batch["first_latent"][:, :, 0], slice(1, 3)
+            timestep = timestep[:, None] * (torch.arange(18) >= 6)
+        v, target = model(x, timestep, batch["context"], **conditions)[:, :, counted], (batch["noise"] - batch[kind])[:, :, counted]
+        return ((v - target) ** 2).mean(dim=(1, 2, 3, 4)), v, target
+
+    (win, v_win, t_win), (lose, v_lose, t_lose), (ref_win, _, _), (ref_lose, _, _) = (err(m, k) for m in (policy, ref) for k in ("win", "lose"))
+    safeguard = losses.safeguard_coefficient(v_win, t_win, v_lose, t_lose, args.mu)
+    plain, _ = train.pair_loss(args, win, lose, ref_win, ref_lose, batch["sigma"], safeguard)
+    expected = torch.autograd.grad(plain.sum(), list(policy.parameters()))
+    assert max(g.abs().max() for g in expected) > 1e-3
+    for args.backward in ("joint", "sequential"):
+        policy.zero_grad()
+        metrics = train.backward_batch(args, policy, ref, batch, 1.0, None)
+        assert torch.allclose(metrics["loss"], plain, rtol=1e-10)
+        for got, want in zip((p.grad for p in policy.parameters()), expected):
+            assert (got - want).norm() <= 1e-9 * want.norm() + 1e-13, args.backward
+
+
+@pytest.mark.parametrize("name, loss", [("i2v", "regdpo"), ("ti2v", "dpo")])
+def test_pair_parallel_image_to_video_is_the_curve_of_one_rank(worlds, name, loss, tmp_path):
+    flags = ("--loss", loss, "--steps", "3", "--batch_size", "4", "--learning_rate", "2e-3")
+    alone = run(worlds[name], tmp_path / "a", *flags)
+    assert alone[0][0]["loss_dpo" if loss == "regdpo" else "loss"] == pytest.approx(0.6931472, rel=1e-6)
+    same_run(run(worlds[name], tmp_path / "b", *flags, "--backward", "pair", "--grad_accum", "2", ranks=2), alone)
+
+
+def test_the_clean_frame_of_ti2v_counts_neither_in_the_error_nor_in_what_it_is_divided_by(worlds):
+    args = train.parse_args([])
+    batch = train.read_batch(args, open_data(worlds["ti2v"] / "data", pairs=True), range(2), "cpu")
+    model = load_wan(worlds["ti2v"] / "base").requires_grad_(False)
+    inputs = train.branch(batch, "win", "lose")
+    err, v_pred, v_target = train.flow_errors(model, inputs)
+    other = {key: value.clone() for key, value in inputs.items()}
+    other["latents"][:, :, 0] += 100
+    other["noise"][:, :, 0] -= 100
+    assert torch.equal(train.flow_errors(model, other)[0], err)
+    other["latents"][:, :, 1] += 1e-3
+    assert not torch.equal(train.flow_errors(model, other)[0], err)
+    # by hand, for a model that says 0: the target's square over 48 channels x 2 frames x 4 x 6
+    target = (inputs["noise"] - inputs["latents"])[:, :, 1:]
+    assert torch.allclose(train.flow_errors(Recorder(MODELS["ti2v"]), inputs)[0], target.square().flatten(1).sum(1) / (48 * 2 * 4 * 6), rtol=1e-6)
+    text = {key: value for key, value in inputs.items() if key != "first_latent"}             # text-to-video with the same model: every frame counts
+    assert torch.allclose(train.flow_errors(Recorder(MODELS["ti2v"]), text)[0], (inputs["noise"] - inputs["latents"]).square().flatten(1).mean(1), rtol=1e-6)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# which model
+
+def found(*flags):
+    args = train.parse_args(list(flags))
+    config = train.find_model(args)
+    train.check_expert(args)
+    return args.model, config
+
+
+def test_the_model_is_found_from_its_checkpoint(worlds):
+    assert found("--init", str(Path(train.HERE / "toy_base"))) == ("tiny", CONFIGS["tiny"])
+    assert found("--init", "scratch") == ("tiny", CONFIGS["tiny"])
+    assert found("--init", "scratch", "--model", "wan2.1-t2v-1.3b") == ("wan2.1-t2v-1.3b", CONFIGS["wan2.1-t2v-1.3b"])
+    for name, config in MODELS.items():
+        title = f"{config.model_type} of width {config.dim}, 2 blocks"
+        assert found("--init", str(worlds[name] / "base")) == (title, config)
+
+
+@pytest.fixture
+def experts(tmp_path, monkeypatch):
+    """Small stand-ins: T2V-A14B's experts look like Wan2.1-T2V-14B, I2V-A14B's like no other model."""
+    for preset, name in (("wan2.1-t2v-14b", "t2v"), ("wan2.2-t2v-a14b", "t2v"), ("wan2.2-i2v-a14b", "i2v-a14b")):
+        monkeypatch.setitem(CONFIGS, preset, CASES[name])
+    t2v, i2v = (WanModel(CASES[name]) for name in ("t2v", "i2v-a14b"))
+    for folder in ("T2V/high_noise_model", "T2V/low_noise_model", "Wan2.1-T2V-14B", "Wan2.1-Diffusers/transformer"):
+        save_wan(t2v, tmp_path / folder)
+    save_wan(t2v, tmp_path / "wan2.2_t2v_low_noise_14B_fp16.safetensors", "comfyui")
+    for folder in ("transformer", "transformer_2"):
+        save_wan(i2v, tmp_path / "I2V" / folder, "diffusers")
+    save_wan(i2v, tmp_path / "mine")
+    return tmp_path
+
+
+@pytest.mark.parametrize("init, model, lowest, highest", [
+    ("T2V/high_noise_model", "wan2.2-t2v-a14b", 875, 1000), ("T2V/low_noise_model", "wan2.2-t2v-a14b", 0, 875),
+    ("wan2.2_t2v_low_noise_14B_fp16.safetensors", "wan2.2-t2v-a14b", 0, 875), ("I2V/transformer", "wan2.2-i2v-a14b", 900, 1000),
+    ("I2V/transformer_2", "wan2.2-i2v-a14b", 0, 900)])
+def test_an_expert_is_known_by_its_name_and_trained_on_its_side_of_the_boundary_only(experts, init, model, lowest, highest):
+    inside = (max(lowest, 1), min(highest, 999))
+    for low, high in ((lowest, highest), inside):
+        assert found("--init", str(experts / init), "--min_timestep", str(low), "--max_timestep", str(high))[0] == model
+        assert found("--model", model, "--init", str(experts / init), "--min_timestep", str(low), "--max_timestep", str(high))[0] == model
+    for low, high in ((0, 1000), (600, 1000), (lowest - 1 if lowest else 0, highest if lowest else highest + 1), (0, lowest) if lowest else (highest, 1000)):
+        with pytest.raises(ValueError, match=f"one of the two experts of {model} and samples only at timesteps {lowest} to {highest}, after the shift"):
+            found("--init", str(experts / init), "--min_timestep", str(low), "--max_timestep", str(high))
+
+
+def test_a_model_of_two_experts_whose_name_says_nothing_may_not_straddle_the_boundary(experts):
+    for flags in (("--init", str(experts / "mine")), ("--init", str(experts / "Wan2.1-T2V-14B"), "--model", "wan2.2-t2v-a14b")):
+        assert found(*flags, "--min_timestep", "900")[0] in train.BOUNDARIES and found(*flags, "--min_timestep", "0", "--max_timestep", "875")
+        with pytest.raises(ValueError, match=r"--min_timestep 600 --max_timestep 1000: .* samples only at timesteps (875|900) to 1000 or 0 to (875|900)"):
+            found(*flags)
+
+
+def test_wan_2_1_is_not_taken_for_an_expert_nor_an_expert_for_it(experts):
+    for init in ("Wan2.1-T2V-14B", "Wan2.1-Diffusers", "Wan2.1-Diffusers/transformer"):
+        assert found("--init", str(experts / init))[0] == "wan2.1-t2v-14b"
+    with pytest.raises(ValueError, match="--model wan2.1-t2v-14b --init .*high_noise_model: by its name this is an expert of wan2.2-t2v-a14b"):
+        found("--model", "wan2.1-t2v-14b", "--init", str(experts / "T2V" / "high_noise_model"))
+    with pytest.raises(ValueError, match="--model auto --init .*T2V holds two experts: give .*high_noise_model"):
+        found("--init", str(experts / "T2V"))
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "logit_normal"])
+@pytest.mark.parametrize("low, high", [(875, 1000), (0, 900)])
+def test_every_timestep_that_reaches_an_expert_is_inside_its_range(worlds, sampling, low, high):
+    """A range that were cut before the shift of 12 would give the low-noise expert timesteps up to 990."""
+    args = train.parse_args(["--timestep_sampling", sampling, "--flow_shift", "12", "--min_timestep", str(low), "--max_timestep", str(high)])
+    dataset, model = open_data(worlds["i2v-a14b"] / "data", pairs=True), Recorder(MODELS["i2v-a14b"])
+    for start in range(0, 240, 8):
+        train.flow_errors(model, train.branch(train.read_batch(args, dataset, range(start, start + 8), "cpu"), "win"))
+    timesteps = torch.cat([call["timestep"] for call in model.calls])
+    assert low <= timesteps.min() < high - 0.3 * (high - low) < high - 0.05 * (high - low) < timesteps.max() <= high
+    assert timesteps.tolist() == pytest.approx([1000 * draw(0, p, (1,), 12.0, low, high, sampling)[0] for p in range(240)])
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# refused before anything is made
+
+def poison(file):
+    """The last bytes of the numbers: a file of the right size whose content is damaged."""
+    content = bytearray(file.read_bytes())
+    content[-4:] = b"\xff" * 4
+    file.write_bytes(content)
+
+
+def rename_in_index(folder):
+    index = next(folder.glob("*.index.json"))
+    index.write_text(index.read_text().replace("00002-of", "00009-of"))
+
+
+SHARD = "diffusion_pytorch_model-00002-of-00006.safetensors"
+DAMAGED = {
+    "a corrupted shard": (lambda folder: (folder / SHARD).write_bytes((folder / SHARD).read_bytes()[:-1000]), SHARD + ": not a whole safetensors file"),
+    "a shard with other numbers": (lambda folder: poison(folder / SHARD), "has values that are not finite; the checkpoint is damaged"),
+    "a missing shard": (lambda folder: (folder / SHARD).unlink(), f"names {SHARD}, which is not there"),
+    "an index that names a file that is not there": (rename_in_index, "names diffusion_pytorch_model-00009-of-00006.safetensors, which is not there"),
+    "a tensor of a wrong shape": (
+        lambda folder: save_file({name: tensor[:-1] if name == "blocks.0.ffn.0.bias" else tensor for name, tensor in load_file(folder / SHARD).items()}, folder / SHARD),
+        "tensor blocks.0.ffn.0.bias is (511,), expected (512,)")}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_checkpoint_is_refused_before_training(world, tmp_path, name):
+    damage, says = DAMAGED[name]
+    save_wan(load_wan(world / "base"), tmp_path / "base", max_shard_bytes=10**6)
+    assert name != "a tensor of a wrong shape" or "blocks.0.ffn.0.bias" in load_file(tmp_path / "base" / SHARD)
+    damage(tmp_path / "base")
+    assert says in main_fails(world, tmp_path, "--init", str(tmp_path / "base"))
+    assert not (tmp_path / "out").exists()
+
+
+def test_samples_of_another_variant_are_refused_before_training(world, worlds, tmp_path):
+    text, image, both = str(world / "data"), str(worlds["i2v-a14b"] / "data"), str(worlds["i2v"] / "data")
+    for init, data, says in ((worlds["i2v"], image, "the condition clip_features is missing; this i2v model with latents (4, 3, 4, 6) takes (257, 40)"),
+                             (worlds["i2v-a14b"], both, "the condition clip_features is (257, 40); this i2v model with latents (4, 3, 4, 6) takes no such condition"),
+                             (worlds["i2v"], text, "latents are (12, 3, 4, 6), of 12 channels; this i2v model has 4")):
+        message = main_fails(world, tmp_path, "--init", str(init / "base"), "--data", data)
+        assert "real/000.safetensors: " + says in message and "choose the model that it was encoded for (--init)" in message
+    assert "--model tiny --init" in main_fails(world, tmp_path, "--model", "tiny", "--init", str(worlds["i2v"] / "base"))
+    assert not (tmp_path / "out").exists()
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# large checkpoints
+
+def test_no_rank_holds_more_than_its_share_of_a_checkpoint_while_loading(tmp_path):
+    """As benchmarks/load_memory.py, smaller: 114 MiB on 4 ranks; policy, reference and average."""
+    nbytes = load_memory.write_checkpoint(load_memory.config_of(0.1), tmp_path, 30 * 2**20)
+    assert len(list(tmp_path.glob("*.safetensors"))) == 5
+    for rank in load_memory.on_ranks(POOLS, str(tmp_path)):
+        for part, (anonymous, _, held) in rank.items():
+            assert nbytes / 4 < held + 4 * 2**20 and anonymous < nbytes / 4 + 20 * 2**20 < nbytes / 2, (part, anonymous, held, nbytes)
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# exports
+
+@pytest.fixture(scope="session")
+def trained(worlds, tmp_path_factory):
+    """A short run on two ranks whose average differs from its policy. The folder of the run."""
+    out = tmp_path_factory.mktemp("trained") / "out"
+    run(worlds["i2v"], out, "--steps", "2", "--batch_size", "4", "--ema_decay", "0.9", ranks=2)
+    return out
+
+
+def export(trained, out, *flags):
+    train.main(train.parse_args(["--export", str(trained / "step_000002"), "--out", str(out), *flags]))
+    return load_wan(out).state_dict()
+
+
+def test_a_checkpoint_of_two_ranks_exports_alone_in_every_format_and_type(trained, tmp_path):
+    end = load_wan(trained / "export").state_dict()                           # what the run itself wrote when it ended
+    for format in ("original", "diffusers", "comfyui"):
+        path = tmp_path / (format + ".safetensors" * (format == "comfyui"))
+        state = export(trained, path, "--export_format", format)
+        assert list(state) == list(end) and all(torch.equal(state[name], end[name]) for name in end), format
+    state = export(trained, tmp_path / "half.safetensors", "--export_format", "comfyui", "--export_dtype", "bfloat16")
+    assert all(torch.equal(state[name], end[name].bfloat16().float()) for name in end)
+    assert {tensor.dtype for tensor in load_file(tmp_path / "half.safetensors").values()} == {torch.bfloat16}
+    policy = export(trained, tmp_path / "policy", "--ema_decay", "0")
+    assert any(not torch.equal(policy[name], end[name]) for name in end)
+
+
+def test_diffusers_runs_our_export_of_a_trained_model(trained, tmp_path):
+    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed (requirements-video.txt)")
+    export(trained, tmp_path / "transformer", "--export_format", "diffusers")
+    twin, ours = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "transformer"), load_wan(trained / "export")
+    x, y, context, image = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in ((1, 4, 3, 4, 6), (1, 5, 3, 4, 6), (1, 512, 20), (1, 257, 40)))
+    with torch.no_grad():
+        theirs = twin(torch.cat([x, y], 1), torch.tensor([700.0]), context, encoder_hidden_states_image=image, return_dict=False)[0]
+        mine = ours(x, torch.tensor([700.0]), context, y=y, clip_features=image)
+    assert (mine - theirs).norm() <= 2e-5 * theirs.norm()
+
+
+def test_the_end_of_training_writes_the_format_that_was_asked_for(worlds, trained, tmp_path):
+    shutil.copytree(trained, tmp_path / "out")
+    argv = ["--init", str(worlds["i2v"] / "base"), "--data", str(worlds["i2v"] / "data"), "--out", str(tmp_path / "out"), "--batch_size", "4", "--steps", "2",
+            "--learning_rate", "2e-4", "--warmup_steps", "2", "--save_every", "3", "--max_grad_norm", "0.3", "--min_timestep", "0", "--ema_decay", "0.9",
+            "--resume", "latest", "--export_format", "comfyui", "--export_dtype", "bfloat16"]
+    train.main(train.parse_args(argv))                                        # resumed at its end, it has no step left to do
+    names = set(load_file(tmp_path / "out" / "export.safetensors"))
+    assert names == {"model.diffusion_model." + name for name in load_wan(trained / "export").state_dict()}
+    assert train.find_model(train.parse_args(["--init", str(tmp_path / "out" / "export.safetensors")])) == MODELS["i2v"]
+
+
+def test_an_export_that_cannot_be_is_refused(trained, tmp_path):
+    for flags, says in ((["--export", str(trained / "step_000002")], "name a new file or folder with --out"),
+                        (["--export", str(trained / "step_000002"), "--out", str(trained)], "which is not a run's own"),
+                        (["--export", str(trained), "--out", str(tmp_path / "x")], "holds no whole checkpoint"),
+                        (["--export", str(trained / "step_000002"), "--out", str(tmp_path), "--export_format", "comfyui"], "a single file, and this is a folder"),
+                        (["--export", str(trained / "step_000002"), "--out", str(tmp_path / "a.safetensors")], "a folder, and this is a file")):
+        with pytest.raises(ValueError, match=says):
+            train.main(train.parse_args(flags))
+        torch.distributed.destroy_process_group()
+    assert not list(tmp_path.iterdir())
