@@ -281,3 +281,12 @@ def frechet(video, real):
 def score(video, captions, real):
     """One row of the table: the mean of every mark, and the Frechet distance to real clips. Returns {name: float}."""
     return {name: values.mean().item() for name, values in metrics(video, captions).items()} | {"frechet": frechet(video, real)}
+
+
+def print_table(marks):
+    """marks {row title: {metric: float}}: the exact metrics of the embedded world, one row each."""
+    names = list(next(iter(marks.values())))
+    print(f"\n{'held-out captions':<20}" + "".join(f"{name:>12}" for name in names))
+    for title, row in marks.items():
+        print(f"{title:<20}" + "".join(f"{row[name]:>12.3f}" for name in names))
+    print("better is:          " + "".join(f"{'higher' if name in ('colour', 'shape', 'direction') else 'lower':>12}" for name in names), flush=True)
