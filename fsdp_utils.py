@@ -1,5 +1,6 @@
 """
-Everything about ranks: process groups, context parallelism, sharding (FSDP2), activation checkpointing and offload, EMA, saving and loading. Nothing assumes one node, but that --out, --data and --init are on a file system that all nodes see.
+Everything about ranks: process groups, context parallelism, sharding (FSDP2), activation checkpointing and offload, EMA, the scored reference, saving and
+loading. Nothing assumes one node, but that --out, --data and --init are on a file system that all nodes see.
 
 One code path serves 1 to N ranks, CPU (gloo) and GPU (nccl): the model is sharded on one rank too. Parameters, gradients, optimizer state and EMA are
 float32 shards; on GPUs the matrices compute in bf16, gathered block by block, and gradients are reduced in float32.
@@ -9,6 +10,7 @@ import os
 import resource
 import shutil
 import sys
+import time
 import warnings
 import weakref
 from collections import deque
@@ -21,6 +23,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -28,6 +32,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, Offlo
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 # the head's output is a view of its Linear's; nothing here changes an output in place
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -110,7 +115,7 @@ def memory_plan(args, config, parameters, tokens, videos, needs_pairs, ranks):
     """What each rank will hold, as a line of text. videos: how many have their graph alive at once."""
     shard = 4 * parameters / ranks.mesh.shape[-1] / 2 ** 30                    # float32
     cpu = " (CPU)" if args.offload_params else ""
-    where = {"live": "", "offload": " (CPU)"}[args.ref]
+    where = {"live": "", "offload": " (CPU)", "cached": " while it is scored, then 0"}[args.ref]
     parts = [f"weights {shard:.3f}{cpu}", f"gradients {shard:.3f}{cpu}", f"AdamW {2 * shard:.3f}{cpu}"]
     parts += [f"reference {shard:.3f}{where}"] if needs_pairs else []
     parts += [f"ema {shard:.3f}{cpu}"] if args.ema_decay else []
@@ -396,6 +401,58 @@ def clip_gradients(params, max_norm, scale=1.0):
 def ema_update(ema, policy, decay):
     """ema <- decay * ema + (1 - decay) * policy, on the local shards: no communication."""
     torch._foreach_lerp_([p.to_local() for p in ema.parameters()], [p.to_local() for p in policy.parameters()], 1 - decay)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# the reference, scored once
+
+def open_errors(path, key, positions):
+    """
+    What is known of the reference's errors: (positions or more, 2) float32, win and lose, NaN where a position is not scored yet. All ranks read the file.
+
+    key {name: value} is all that decides them but the position. Raises ValueError if the file at path was scored with another.
+    """
+    errors = torch.full((positions, 2), float("nan"))
+    if Path(path).exists():
+        with safe_open(path, "pt") as file:
+            found, stored = json.loads(file.metadata()["key"]), file.get_tensor("errors")
+        for name, value in key.items():
+            if found.get(name) != value:
+                raise ValueError(f"{path}: the reference's errors in it were scored with {name} = {found.get(name)}, this run has {name} = {value}; "
+                                 f"use the same, another --out, or delete that file to score them again")
+        errors = torch.cat([stored, errors[len(stored):]])
+    return errors
+
+
+@torch.no_grad()
+def score_reference(path, key, errors, steps, batch_size, score, positions, ranks, every=30.0):
+    """
+    Score what is missing of the positions of these steps and fill it into errors (of open_errors), on every rank alike.
+
+    score(range of positions) -> (2, B). positions(step) -> the ranges of this rank, as in training, so that an error is what it would be there to the last
+    bit. The file at path is written whole every so many seconds and at the end: a run that is killed goes on from there.
+    """
+    def write():
+        if ranks.rank == 0:
+            save_file({"errors": errors}, f"{path}.tmp", metadata={"key": json.dumps(key)})
+            os.replace(f"{path}.tmp", path)
+        return time.monotonic()
+
+    dist.barrier()                                         # everyone has read the file
+    written, speaks = time.monotonic(), ranks.rank % (ranks.world // ranks.data_ranks) == 0        # the first of the ranks that share their pairs
+    steps = [step for step in steps if errors[step * batch_size:(step + 1) * batch_size].isnan().any()]
+    for step in tqdm(steps, desc="reference errors", unit="step", disable=ranks.rank != 0 or not steps):
+        mine = torch.zeros(batch_size, 2)
+        for part in positions(step):
+            mine[part.start - step * batch_size:part.stop - step * batch_size] = score(part).T.cpu() * speaks
+        mine = mine.to(ranks.device)
+        dist.all_reduce(mine)                              # every position has one speaker, so the sum is that one's number
+        errors[step * batch_size:(step + 1) * batch_size] = mine.cpu()
+        if time.monotonic() - written > every:
+            written = write()
+    if steps:
+        write()
+    dist.barrier()
 
 
 # ------------------------------------------------------------------------------------------------------------------

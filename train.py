@@ -6,6 +6,7 @@ Preference post-training of Wan video models, offline objectives: one file, one 
     torchrun --nproc_per_node=8 train.py --loss regdpo --model wan2.1-t2v-1.3b --init DIR --data DIR --learning_rate 1e-6 --warmup_steps 50
 """
 import argparse
+import gc
 import json
 import math
 import sys
@@ -19,9 +20,9 @@ from tqdm import tqdm
 
 import losses
 import toy
-from data import collate, contact_sheet, draw, open_data, order, randomness, write_sample, write_whole
+from data import collate, contact_sheet, draw, fingerprint, open_data, order, randomness, write_sample, write_whole
 from fsdp_utils import (ContextParallel, checkpoint_blocks, clip_gradients, ema_update, exchange_branches, extremes, find_checkpoint, full_weights,
-                        load_checkpoint, load_weights, memory_gib, memory_plan, save_checkpoint, shard_model, start_ranks, total)
+                        load_checkpoint, load_weights, memory_gib, memory_plan, open_errors, save_checkpoint, score_reference, shard_model, start_ranks, total)
 from losses import add_noise, flow_error, importance_weight, next_sigma, safeguard_coefficient, velocity_target
 from model import CONFIGS, WanModel, load_wan, open_wan, save_wan
 from sample import generate, make_negatives, seed_of, weights_digest
@@ -73,7 +74,8 @@ def parse_args(argv):
     p.add_argument("--backward", default="joint", choices=["joint", "sequential", "pair"], help="one graph | one branch at a time | one branch a rank")
     p.add_argument("--cp_size", type=int, default=1, help="ranks that share the tokens of each video; must divide the heads")
     p.add_argument("--replicate", type=int, default=1, help="groups of ranks that each hold all weights, such as nodes; 1: shard over all ranks")
-    p.add_argument("--ref", default="live", choices=["live", "offload"], help="the frozen reference: sharded beside the policy | on the CPU")
+    p.add_argument("--ref", default="live", choices=["live", "offload", "cached"],
+                   help="the frozen reference: sharded beside the policy | on the CPU | scored once before training, then gone")
     p.add_argument("--checkpointing", default="off", choices=["off", "selective", "full"], help="selective keeps block inputs and attention outputs, full the inputs only")
     p.add_argument("--offload_activations", action="store_true", help="what checkpointing keeps waits on the CPU")
     p.add_argument("--offload_params", action="store_true", help="weights, gradients, AdamW and EMA live on the CPU, and AdamW runs there")
@@ -422,10 +424,14 @@ def main(args):
         fixed |= {"guidance": args.guidance, "sample_steps": args.sample_steps}                  # of the negatives
     if args.decay_steps:
         fixed["steps"] = args.steps
+    if args.ref == "cached":                                                  # what decides the reference's error at a position
+        scored_with = {name: fixed[name] for name in ("init", *drawn)} | {"data": fingerprint(files), "device": ranks.device.type}
+        errors = open_errors(args.out / "ref_errors.safetensors", scored_with, args.steps * args.batch_size)
 
     # ---------------- models
     policy = build_model(args, config, ranks, args.checkpointing, args.offload_params)
-    ref = build_model(args, config, ranks, offload=args.ref == "offload").eval().requires_grad_(False) if needs_pairs else None
+    needs_ref = needs_pairs and (args.ref != "cached" or errors.isnan().any())
+    ref = build_model(args, config, ranks, offload=args.ref == "offload").eval().requires_grad_(False) if needs_ref else None
     ema = build_model(args, config, ranks, offload=args.offload_params).eval().requires_grad_(False) if args.ema_decay else None
 
     # ---------------- optimizer
@@ -486,6 +492,12 @@ def main(args):
         begins = [step * args.batch_size + (micro * ranks.data_ranks + ranks.data_rank) * per_rank for micro in range(args.grad_accum)]
         return [range(begin, begin + per_rank) for begin in begins]
 
+    if args.ref == "cached":
+        score_reference(args.out / "ref_errors.safetensors", scored_with, errors, range(start, args.steps), args.batch_size,
+                        lambda mine: reference_errors(args, ref, read_batch(args, dataset, mine, ranks.device), ranks), positions, ranks)
+        ref = None
+        gc.collect()                                                          # a sharded model refers to itself; without this it would stay for a while
+
     # ---------------- the loop
     sources = {dataset.source(i) for i in range(len(dataset))} if needs_pairs else set()
     scale = args.loss_scale * ranks.world / args.batch_size                   # FSDP averages over all ranks; a step is the mean over its pairs
@@ -497,7 +509,8 @@ def main(args):
         sums, margins = {}, []
         for mine in positions(step):
             batch = read_batch(args, dataset, mine, ranks.device)
-            metrics = backward_batch(args, policy, ref, batch, scale, ranks)
+            known = errors[mine.start:mine.stop].T.to(ranks.device) if args.ref == "cached" else ref
+            metrics = backward_batch(args, policy, known, batch, scale, ranks)
             add_up(sums, metrics, batch["sigma"])
             margins += metrics["margin"].tolist() if needs_pairs else []
         row, counts = summarise(sums, margins, ranks.device)
