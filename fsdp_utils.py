@@ -116,7 +116,7 @@ def memory_plan(args, config, parameters, tokens, videos, needs_pairs, ranks):
     shard = 4 * parameters / ranks.mesh.shape[-1] / 2 ** 30                    # float32
     cpu = " (CPU)" if args.offload_params else ""
     where = {"live": "", "offload": " (CPU)", "cached": " while it is scored, then 0"}[args.ref]
-    parts = [f"weights {shard:.3f}{cpu}", f"gradients {shard:.3f}{cpu}", f"AdamW {2 * shard:.3f}{cpu}"]
+    parts = [f"weights {shard:.3f}{cpu}", f"gradients {(1 + args.branch_norms) * shard:.3f}{cpu}", f"AdamW {2 * shard:.3f}{cpu}"]
     parts += [f"reference {shard:.3f}{where}"] if needs_pairs else []
     parts += [f"ema {shard:.3f}{cpu}"] if args.ema_decay else []
     if args.checkpointing != "off":                                            # the residual stream in float32, two attention outputs in the matrices' dtype
@@ -395,6 +395,28 @@ def clip_gradients(params, max_norm, scale=1.0):
         torch._foreach_mul_([p.grad.to_local() for p in params], scale)
     norm = torch.nn.utils.clip_grad_norm_(params, max_norm)
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+
+
+def swap_gradients(params, aside):
+    """Exchange the gradients of params with those in the list aside (None where there is none), so that a backward adds to the one set or the other."""
+    for i, param in enumerate(params):
+        param.grad, aside[i] = aside[i], param.grad
+
+
+@torch.no_grad()
+def add_branches(params, aside, scale):
+    """
+    The gradients of params are those of the win branch, and aside, which is emptied, has those of the lose branch: add them up. Returns what there is to
+    know of the two, times scale: norms, and their cosine; -1 where they cancel. grad_norm^2 = win^2 + lose^2 + 2 * cosine * win * lose.
+    """
+    pairs = [(p.grad.to_local(), lose.to_local()) for p, lose in zip(params, aside) if lose is not None]
+    copies = dist.get_world_size() // params[0].device_mesh.shape[-1]                              # under --replicate every shard is held more than once
+    sums = [sum(torch.sum(a * b, dtype=torch.float64) for a, b in which).item() / copies
+            for which in ([(w, w) for w, _ in pairs], [(l, l) for _, l in pairs], pairs)]
+    win, lose, both = total(sums, params[0].device_mesh.device_type)
+    torch._foreach_add_([w for w, _ in pairs], [l for _, l in pairs])
+    aside[:] = [None] * len(aside)
+    return {"grad_norm_win": scale * win ** 0.5, "grad_norm_lose": scale * lose ** 0.5, "grad_cosine": both / max((win * lose) ** 0.5, 1e-300)}
 
 
 @torch.no_grad()

@@ -21,8 +21,9 @@ from tqdm import tqdm
 import losses
 import toy
 from data import collate, contact_sheet, draw, fingerprint, open_data, order, randomness, write_sample, write_whole
-from fsdp_utils import (ContextParallel, checkpoint_blocks, clip_gradients, ema_update, exchange_branches, extremes, find_checkpoint, full_weights,
-                        load_checkpoint, load_weights, memory_gib, memory_plan, open_errors, save_checkpoint, score_reference, shard_model, start_ranks, total)
+from fsdp_utils import (ContextParallel, add_branches, checkpoint_blocks, clip_gradients, ema_update, exchange_branches, extremes, find_checkpoint, full_weights,
+                        load_checkpoint, load_weights, memory_gib, memory_plan, open_errors, save_checkpoint, score_reference, shard_model, start_ranks,
+                        swap_gradients, total)
 from losses import add_noise, flow_error, importance_weight, next_sigma, safeguard_coefficient, velocity_target
 from model import CONFIGS, WanModel, load_wan, open_wan, save_wan
 from sample import generate, make_negatives, seed_of, weights_digest
@@ -72,6 +73,7 @@ def parse_args(argv):
     p.add_argument("--ema_decay", type=float, default=0.98, help="0: no average is kept; otherwise it is what is sampled and exported")
     # memory and ranks
     p.add_argument("--backward", default="joint", choices=["joint", "sequential", "pair"], help="one graph | one branch at a time | one branch a rank")
+    p.add_argument("--branch_norms", action="store_true", help="log the gradient norms of the two branches and their cosine; needs --backward sequential, and gradients twice")
     p.add_argument("--cp_size", type=int, default=1, help="ranks that share the tokens of each video; must divide the heads")
     p.add_argument("--replicate", type=int, default=1, help="groups of ranks that each hold all weights, such as nodes; 1: shard over all ranks")
     p.add_argument("--ref", default="live", choices=["live", "offload", "cached"],
@@ -128,6 +130,8 @@ def check_args(args, ranks):
         raise ValueError(f"--backward {args.backward} is about the two branches of a pair; --loss sft has one")
     if args.loss == "sft" and args.ref != "live":
         raise ValueError(f"--ref {args.ref} is about the reference of a preference loss; --loss sft has none")
+    if args.branch_norms and args.backward != "sequential":
+        raise ValueError(f"--branch_norms needs the branches' gradients apart, which is --backward sequential, not {args.backward}")
     if args.offload_activations and args.checkpointing == "off":
         raise ValueError("--offload_activations moves what checkpointing keeps; add --checkpointing selective or full")
     if args.loss == "diffusion_sdpo" and args.backward == "pair":
@@ -265,10 +269,10 @@ def reference_errors(args, ref, batch, ranks):
     return exchange_branches(flow_errors(ref, branch(batch, ("win", "lose")[ranks.branch]))[0], ranks.pair_group)
 
 
-def backward_batch(args, policy, ref, batch, scale, ranks):
+def backward_batch(args, policy, ref, batch, scale, ranks, aside=()):
     """
     Errors, loss and gradient of one micro-batch of pairs. ref: the frozen reference, or its errors (2, B). scale multiplies the sum over its pairs.
-    Returns metrics {name: (B,)}.
+    aside: where the gradients of the lose branch are gathered, for --branch_norms. Returns metrics {name: (B,)}.
 
     joint       both branches in one forward and one graph
     sequential  one branch's activations at a time, for one more forward of the loser: 11 forwards instead of 10
@@ -298,8 +302,12 @@ def backward_batch(args, policy, ref, batch, scale, ranks):
         c_win, c_lose, metrics = coefficients(args, err_win, err_lose, *ref_errors, batch["sigma"], safeguard)
         (scale * (c_win * err_win).sum()).backward()
         del err_win, v_win                                                    # the winner's graph goes before the loser's comes
+        if aside:
+            swap_gradients(policy.parameters(), aside)
         err_lose, _, _ = flow_errors(policy, lose)
         (-scale * (c_lose * err_lose).sum()).backward()
+        if aside:
+            swap_gradients(policy.parameters(), aside)
 
     else:
         err, _, _ = flow_errors(policy, branch(batch, ("win", "lose")[ranks.branch]))
@@ -501,6 +509,7 @@ def main(args):
     # ---------------- the loop
     sources = {dataset.source(i) for i in range(len(dataset))} if needs_pairs else set()
     scale = args.loss_scale * ranks.world / args.batch_size                   # FSDP averages over all ranks; a step is the mean over its pairs
+    aside = [None] * len(list(policy.parameters())) if args.branch_norms else ()
     skipped = 0
     for step in range(start, args.steps):
         began = time.perf_counter()
@@ -510,7 +519,7 @@ def main(args):
         for mine in positions(step):
             batch = read_batch(args, dataset, mine, ranks.device)
             known = errors[mine.start:mine.stop].T.to(ranks.device) if args.ref == "cached" else ref
-            metrics = backward_batch(args, policy, known, batch, scale, ranks)
+            metrics = backward_batch(args, policy, known, batch, scale, ranks, aside)
             add_up(sums, metrics, batch["sigma"])
             margins += metrics["margin"].tolist() if needs_pairs else []
         row, counts = summarise(sums, margins, ranks.device)
@@ -522,6 +531,8 @@ def main(args):
                                f"not take the same numerical path, so every later margin would be wrong by as much (and the DPO part of the loss is not log 2)")
 
         kept = counts["pairs"] / max(1, counts["kept"]) if "kept" in counts else 1.0
+        if args.branch_norms:
+            row |= add_branches(list(policy.parameters()), aside, kept)
         row["grad_norm"] = clip_gradients(list(policy.parameters()), args.max_grad_norm, kept)
         row["lr"] = learning_rate(step)
         for group in optimizer.param_groups:
