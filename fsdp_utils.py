@@ -1,25 +1,38 @@
 """
-Everything about ranks: process groups, sharding (FSDP2), activation checkpointing, pair exchange, EMA, saving and loading.
+Everything about ranks: process groups, context parallelism, sharding (FSDP2), activation checkpointing and offload, EMA, the scored reference, saving and
+loading. Nothing assumes one node, but that --out, --data and --init are on a file system that all nodes see.
 
 One code path serves 1 to N ranks, CPU (gloo) and GPU (nccl): the model is sharded on one rank too. Parameters, gradients, optimizer state and EMA are
 float32 shards; on GPUs the matrices compute in bf16, gathered block by block, and gradients are reduced in float32.
 """
 import json
 import os
+import resource
 import shutil
+import sys
+import time
 import warnings
+import weakref
+from collections import deque
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch.autograd.graph import saved_tensors_hooks
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
 # the head's output is a view of its Linear's; nothing here changes an output in place
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -28,17 +41,27 @@ warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavai
 # ------------------------------------------------------------------------------------------------------------------
 # ranks
 
-def start_ranks(pair=False):
+def start_ranks(pair=False, cp_size=1, replicate=1):
     """
-    Join the other ranks (torchrun's environment; alone without it) and lay out the groups.
+    Join the other ranks (torchrun's environment, on one node or many; alone without it) and lay them out twice.
 
-    pair: ranks 2k and 2k+1 share their pairs, the first runs the winners and the second the losers.
-    Returns a namespace: rank, world, device, mesh (1-D over all ranks, for FSDP), data_rank, data_ranks (who sees which pairs), pair_group, branch (0 win, 1 lose).
-    Raises ValueError for an odd number of ranks with pair, and for more ranks than GPUs.
+    Who works on what: a grid data x pair x cp. The ranks of one data row get the same pairs, sigma and noise; with pair its first half runs the winners
+    and its second the losers; cp_size ranks share the tokens of each video, innermost, as neighbours are joined fastest.
+    Who holds which weights: FSDP's mesh, over all ranks, or (replicate, shard): `replicate` groups of neighbours that each hold one whole model.
+    Returns a namespace: rank, world, device, mesh, data_rank, data_ranks, pair_group, branch (0 win, 1 lose), cp_group, cp_size.
+    Raises ValueError for ranks that do not divide, and for more ranks than GPUs.
     """
     world = int(os.environ.get("WORLD_SIZE", 1))
+    branches = 2 if pair else 1
+    if cp_size < 1 or replicate < 1:
+        raise ValueError(f"--cp_size {cp_size} --replicate {replicate}: expected at least 1")
     if pair and world % 2:
         raise ValueError(f"--backward pair puts the two branches of a pair on two ranks and needs an even number of them; torchrun started {world}")
+    if world % (branches * cp_size):
+        raise ValueError(f"--cp_size {cp_size}{' with --backward pair' * pair} puts each pair on {branches * cp_size} ranks, and torchrun's {world} do not divide by that; "
+                         f"start a multiple of {branches * cp_size}, or use another --cp_size")
+    if world % replicate:
+        raise ValueError(f"--replicate {replicate}: torchrun's {world} ranks do not divide into {replicate} groups of equal size")
     cuda = torch.cuda.is_available()
     local = int(os.environ.get("LOCAL_RANK", 0))
     if cuda and local >= torch.cuda.device_count():
@@ -48,19 +71,17 @@ def start_ranks(pair=False):
     if cuda:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
-        backend, timeout = ("nccl" if cuda else "gloo"), timedelta(minutes=30)                     # one rank may write a data set while others wait
+        # on GPUs gloo too, for gradients that live on the CPU; 30 minutes, as one rank may write a data set while others wait
+        backend, timeout = ("cpu:gloo,cuda:nccl" if cuda else "gloo"), timedelta(minutes=30)
         if "RANK" in os.environ:
             dist.init_process_group(backend, timeout=timeout)
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    rank = dist.get_rank()
-    ranks = SimpleNamespace(rank=rank, world=world, device=device, mesh=init_device_mesh(device.type, (world,)),
-                            data_rank=rank, data_ranks=world, pair_group=None, branch=0)
-    if pair:
-        grid = init_device_mesh(device.type, (world // 2, 2), mesh_dim_names=("data", "pair"))
-        ranks.data_rank, ranks.data_ranks, ranks.branch = rank // 2, world // 2, rank % 2
-        ranks.pair_group = grid["pair"].get_group()
-    return ranks
+    grid = init_device_mesh(device.type, (world // (branches * cp_size), branches, cp_size), mesh_dim_names=("data", "pair", "cp"))
+    mesh = (init_device_mesh(device.type, (world,)) if replicate == 1
+            else init_device_mesh(device.type, (replicate, world // replicate), mesh_dim_names=("replicate", "shard")))
+    return SimpleNamespace(rank=dist.get_rank(), world=world, device=device, mesh=mesh, data_rank=grid.get_local_rank("data"), data_ranks=grid.size(0),
+                           pair_group=grid["pair"].get_group(), branch=grid.get_local_rank("pair"), cp_group=grid["cp"].get_group(), cp_size=cp_size)
 
 
 def total(numbers, device):
@@ -78,48 +99,252 @@ def extremes(numbers, device):
 
 
 def exchange_branches(mine, group):
-    """
-    What pair parallelism sends: mine (n, B) on either rank of a pair -> (2, n, B), the winner's rows first. No gradient flows through it.
-    """
-    both = mine.new_empty(2 * mine.numel())
-    dist.all_gather_into_tensor(both, mine.detach().flatten(), group=group)
-    return both.view(2, *mine.shape)
+    """What pair parallelism sends: mine (B,) on either rank of a pair -> (2, B), the winner's first. No gradient flows through it."""
+    both = [torch.empty_like(mine), torch.empty_like(mine)]
+    dist.all_gather(both, mine.detach(), group=group)
+    return torch.stack(both)
+
+
+def memory_gib(device):
+    """The most that this rank has held: of the GPU's memory since the last reset, or of this process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2 ** 30
+
+
+def memory_plan(args, config, parameters, tokens, videos, needs_pairs, ranks):
+    """What each rank will hold, as a line of text. videos: how many have their graph alive at once."""
+    shard = 4 * parameters / ranks.mesh.shape[-1] / 2 ** 30                    # float32
+    cpu = " (CPU)" if args.offload_params else ""
+    where = {"live": "", "offload": " (CPU)", "cached": " while it is scored, then 0"}[args.ref]
+    parts = [f"weights {shard:.3f}{cpu}", f"gradients {(1 + args.branch_norms) * shard:.3f}{cpu}", f"AdamW {2 * shard:.3f}{cpu}"]
+    parts += [f"reference {shard:.3f}{where}"] if needs_pairs else []
+    parts += [f"ema {shard:.3f}{cpu}"] if args.ema_decay else []
+    if args.checkpointing != "off":                                            # the residual stream in float32, two attention outputs in the matrices' dtype
+        per_value = 4 + (2 * (2 if ranks.device.type == "cuda" else 4) if args.checkpointing == "selective" else 0)
+        kept = videos * config.num_layers * -(-tokens // ranks.cp_size) * config.dim * per_value / 2 ** 30
+        parts += [f"kept activations {kept:.3f}{' (CPU)' if args.offload_activations else ''}"]
+    return f"memory per rank in GiB: {', '.join(parts)}; {'all' if args.checkpointing == 'off' else 'one block at a time of the'} activations on top"
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# sharding
+# context parallelism
+
+class Exchange(torch.autograd.Function):
+    """x (n, ...): part i goes to rank i of the group, and the part that rank i sent comes in its place. Its own inverse, hence its own backward."""
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        x = x.contiguous()
+        out = torch.empty_like(x)
+        dist.all_to_all_single(out, x, group=group)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        return Exchange.apply(grad, ctx.group), None
+
+
+class Join(torch.autograd.Function):
+    """
+    x (B, l, K), a share of the tokens -> (B, n * l, K), everyone's. Every rank of the group works out the same error from it, so backward takes this
+    rank's part of the gradient and sums nothing: the sum over the shares is FSDP's, over all ranks.
+    """
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.share, ctx.rank = x.shape[1], group.rank()
+        shares = [torch.empty_like(x) for _ in range(group.size())]
+        dist.all_gather(shares, x.contiguous(), group=group)
+        return torch.cat(shares, dim=1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.narrow(1, ctx.rank * ctx.share, ctx.share).contiguous(), None
+
+
+class ContextParallel:
+    """
+    Ulysses: each rank of a group has its share of a video's tokens, in the whole model but inside self-attention. There the ranks exchange, so that each
+    has all tokens of its share of the heads. All else in a block is token by token.
+
+    Tokens that do not divide are filled up with zeros; the filling is dropped after the exchange, so that attention needs no mask, and from the output.
+    The head runs on the share; its output, 256 bytes a token in float32 beside 20,480 of a hidden state of the 14B model, is put together on every rank, so
+    that the model's output is what it always is: the error, masks and samplers know nothing of this.
+    """
+    def __init__(self, model, group):
+        assert model.blocks[0].self_attn.num_heads % group.size() == 0, "the heads do not divide over the group"
+        self.group, self.size, self.tokens = group, group.size(), 0
+        model.context_parallel = self
+        for block in model.blocks:
+            block.self_attn.attend = partial(self.attend, block.self_attn.attend)
+
+    def split(self, x, cos, sin, time_index):
+        """x (B, L, ...), tables (L, ...), time_index (B, 1 or L) -> this rank's tokens of each."""
+        self.tokens = x.shape[1]
+        share = -(-self.tokens // self.size)
+
+        def mine(whole, dim):
+            filled = F.pad(whole, (0, 0) * (whole.ndim - 1 - dim) + (0, share * self.size - self.tokens))
+            return filled.narrow(dim, self.group.rank() * share, share).clone()                # not a view that keeps the whole
+        return mine(x, 1), mine(cos, 0), mine(sin, 0), mine(time_index, 1) if time_index.shape[1] == self.tokens else time_index
+
+    def attend(self, attention, q, k, v):
+        """attention (B, L, N, K) x 3 -> (B, L, N * K), run on all tokens of this rank's heads: q, k, v (B, l, N, K) -> (B, l, N * K)."""
+        n, tokens, (_, share, heads, _) = self.size, self.tokens, q.shape
+        assert share == -(-tokens // n), "the last forward was of another length than this one, whose backward is running"
+
+        def all_tokens(x):                                 # (B, l, N, K) -> (B, L, N/n, K)
+            x = Exchange.apply(x.unflatten(2, (n, heads // n)).movedim(2, 0), self.group)          # (n, B, l, N/n, K): by heads -> by tokens
+            return x.transpose(0, 1).flatten(1, 2)[:, :tokens]
+        out = attention(all_tokens(q), all_tokens(k), all_tokens(v))                               # (B, L, N/n * K)
+        out = F.pad(out, (0, 0, 0, n * share - tokens)).unflatten(1, (n, share)).transpose(0, 1)   # (n, B, l, N/n * K): by tokens
+        return Exchange.apply(out, self.group).movedim(0, 2).flatten(2)                            # -> by heads, in their order
+
+    def join(self, x):
+        """(B, l, K) -> (B, L, K) on every rank of the group."""
+        return Join.apply(x, self.group)[:, :self.tokens]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# what is kept for backward
 
 ATTENTION_OPS = [torch.ops.aten._scaled_dot_product_flash_attention.default, torch.ops.aten._scaled_dot_product_efficient_attention.default,
                  torch.ops.aten._scaled_dot_product_cudnn_attention.default, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default]
 
 
-def keep_attention(context, op, *args, **kwargs):
-    """Policy of selective checkpointing: attention is kept, since its recomputation grows with the square of the tokens; all else is recomputed."""
-    return CheckpointPolicy.MUST_SAVE if op in ATTENTION_OPS else CheckpointPolicy.PREFER_RECOMPUTE
-
-
-def checkpoint_blocks(model, mode):
+class KeepAttention(TorchDispatchMode):
     """
-    Activation checkpointing of every block of model.blocks. mode: off | selective (keeps attention outputs) | full (keeps block inputs).
+    Selective checkpointing: the outputs of attention are kept, since its recomputation grows with the square of the tokens; all else is recomputed.
+    One such mode is around a block's forward and fills `kept`, a second one around its recomputation and gives back, in the same order.
+    """
+    def __init__(self, kept, pack, unpack, again=False):
+        super().__init__()
+        self.kept, self.pack, self.unpack, self.again = kept, pack, unpack, again
+
+    @classmethod
+    def ignore_compile_internals(cls):
+        return True                                        # without it torch.compile would leave the blocks eager under this mode
+
+    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+        if op not in ATTENTION_OPS:
+            return op(*args, **(kwargs or {}))
+        if self.again:
+            out, *rest = self.kept.pop(0)
+            return self.unpack(out), *rest
+        out, *rest = op(*args, **(kwargs or {}))
+        # autograd will hang this block's graph on what is returned; what is kept must not hold that
+        self.kept.append((self.pack(out.detach()), *(x.detach() if torch.is_tensor(x) else x for x in rest)))
+        return out, *rest
+
+
+class Kept:
+    """A tensor that waits for its backward in a buffer on the CPU, and until the copy is done on the device too."""
+    def __init__(self, x, buffer, free, before):
+        self.buffer, self.free, self.before = buffer, free, before
+        self.host, self.device = buffer[:x.nbytes].view(x.dtype).view(x.shape), x.device
+        self.x, self.copied = x, None                      # copied: a CUDA event; None on the CPU
+
+    def __del__(self):
+        self.free.append(self.buffer)                      # the next copy into it runs on the same stream, after those that still read it
+
+
+class Offload:
+    """
+    Moves tensors to CPU memory in forward and back in backward. On GPUs copies run on a stream of their own, beside the computation, from and to
+    pinned buffers that are used again. A tensor leaves the device when the second one after it has been kept: by then its copy is done, and waiting for
+    it costs nothing. When the backward of a block asks for its own, what the block before it kept is fetched.
+    """
+    def __init__(self):
+        self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
+        self.free = []                                     # buffers
+        self.leaving = deque()                             # kept tensors that are still on the device
+        self.block, self.before = [], []                   # what this block and the one before it kept; weak, or each would hold all before it
+
+    def around(self, block):
+        """The function of a block, x first, with the tensors of x's shape that it saves moved: the others are small, and all blocks share them."""
+        def forward(x, *rest):
+            shape = x.shape
+            self.block, self.before = [], self.block
+            with saved_tensors_hooks(lambda t: self.pack(t) if t.shape == shape else t, lambda t: self.unpack(t) if isinstance(t, Kept) else t):
+                return block(x, *rest)
+        return forward
+
+    def copy(self, target, source):
+        """target <- source beside the computation, after what has been asked of the device so far. Returns the event of its end."""
+        if self.stream is None:
+            target.copy_(source)
+            return None
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self.stream):
+            target.copy_(source, non_blocking=True)
+            return self.stream.record_event()
+
+    def wait(self, event):
+        if event is not None:
+            torch.cuda.current_stream().wait_event(event)
+
+    def pack(self, x):
+        fits = [i for i, buffer in enumerate(self.free) if len(buffer) >= x.nbytes]
+        buffer = (self.free.pop(min(fits, key=lambda i: len(self.free[i]))) if fits
+                  else torch.empty(x.nbytes, dtype=torch.uint8, device="cpu", pin_memory=self.stream is not None))
+        kept = Kept(x, buffer, self.free, self.before)
+        kept.copied = self.copy(kept.host, x)
+        self.block.append(weakref.ref(kept))
+        self.leaving.append(weakref.ref(kept))
+        if len(self.leaving) > 2 and (left := self.leaving.popleft()()) is not None:
+            self.wait(left.copied)                         # what the device is asked from here on may use the memory again
+            left.x = None
+        return kept
+
+    def fetch(self, kept):
+        if kept.x is None:
+            kept.x = torch.empty(kept.host.shape, dtype=kept.host.dtype, device=kept.device)
+            kept.copied = self.copy(kept.x, kept.host)
+
+    def unpack(self, kept):
+        self.fetch(kept)
+        self.wait(kept.copied)
+        x, kept.x = kept.x, None
+        for earlier in kept.before:
+            if (earlier := earlier()) is not None:
+                self.fetch(earlier)
+        return x
+
+
+def checkpoint_blocks(model, mode, offload=False):
+    """
+    Activation checkpointing of every block of model.blocks. mode: off | selective (keeps block inputs and attention outputs) | full (keeps block inputs).
+    offload: what is kept waits in CPU memory.
 
     Patches block.forward, so that parameter names stay those of the checkpoints; to be called before shard_model.
     """
     if mode == "off":
         return
-    options = {"context_fn": lambda: create_selective_checkpoint_contexts(keep_attention)} if mode == "selective" else {}
-    for block in model.blocks:
-        # no dropout in Wan, hence no random state to keep
-        block.forward = (lambda f: lambda *a: checkpoint(f, *a, use_reentrant=False, preserve_rng_state=False, **options))(block.forward)
+    store = Offload() if offload else None
+    pack, unpack = (store.pack, store.unpack) if offload else (lambda x: x, lambda x: x)
 
+    def keep_attention():
+        kept = []
+        return KeepAttention(kept, pack, unpack), KeepAttention(kept, pack, unpack, again=True)
+    options = {"context_fn": keep_attention} if mode == "selective" else {}
+
+    def checkpointed(block):                               # no dropout in Wan, hence no random state to keep
+        return lambda *args: checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, **options)
+    for block in model.blocks:                             # around the checkpoint, so that it is the checkpoint's inputs which move
+        block.forward = store.around(checkpointed(block.forward)) if offload else checkpointed(block.forward)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# sharding
 
 def shard_model(model, mesh, offload=False):
     """
-    Shard a model with .blocks over all ranks of a 1-D mesh, in place, and return it.
+    Shard a model with .blocks over the ranks of a mesh, in place, and return it. A mesh (replicate, shard) shards along its second axis.
 
     On GPUs weights are gathered in bf16, those of the timestep path and the head in float32; gradients are reduced in float32. cast_forward_inputs=False: by default FSDP would cast the residual
     stream, the modulation and the rotary tables to bf16, and the error, of which DPO takes small differences, would be off by 1e-3 instead of 2e-5.
     One group has one dtype, so the blocks' modulation and norm weights arrive rounded to bf16 too; the arithmetic on them is float32.
-    offload: shards live in CPU memory and are fetched block by block (meant for the frozen reference).
+    offload: shards, their gradients and so AdamW's state live in CPU memory; weights are fetched block by block.
     """
     full = MixedPrecisionPolicy(cast_forward_inputs=False)
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False) if mesh.device_type == "cuda" else full
@@ -135,8 +360,8 @@ def shard_model(model, mesh, offload=False):
 
 
 def my_rows(param):
-    """First and last row of dim 0 of a DTensor that is Shard(0) over a 1-D mesh which this rank holds (as torch.chunk cuts)."""
-    rows, ranks, rank = param.shape[0], param.device_mesh.size(), param.device_mesh.get_local_rank()
+    """First and last row of dim 0 which this rank holds of a DTensor that is Shard(0) over the last axis of its mesh (as torch.chunk cuts)."""
+    rows, ranks, rank = param.shape[0], param.device_mesh.shape[-1], param.device_mesh.get_coordinate()[-1]
     chunk = -(-rows // ranks)
     return min(rank * chunk, rows), min(rank * chunk + chunk, rows)
 
@@ -173,10 +398,84 @@ def clip_gradients(params, max_norm, scale=1.0):
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
+def swap_gradients(params, aside):
+    """Exchange the gradients of params with those in the list aside (None where there is none), so that a backward adds to the one set or the other."""
+    for i, param in enumerate(params):
+        param.grad, aside[i] = aside[i], param.grad
+
+
+@torch.no_grad()
+def add_branches(params, aside, scale):
+    """
+    The gradients of params are those of the win branch, and aside, which is emptied, has those of the lose branch: add them up. Returns what there is to
+    know of the two, times scale: norms, and their cosine; -1 where they cancel. grad_norm^2 = win^2 + lose^2 + 2 * cosine * win * lose.
+    """
+    pairs = [(p.grad.to_local(), lose.to_local()) for p, lose in zip(params, aside) if lose is not None]
+    copies = dist.get_world_size() // params[0].device_mesh.shape[-1]                              # under --replicate every shard is held more than once
+    sums = [sum(torch.sum(a * b, dtype=torch.float64) for a, b in which).item() / copies
+            for which in ([(w, w) for w, _ in pairs], [(l, l) for _, l in pairs], pairs)]
+    win, lose, both = total(sums, params[0].device_mesh.device_type)
+    torch._foreach_add_([w for w, _ in pairs], [l for _, l in pairs])
+    aside[:] = [None] * len(aside)
+    return {"grad_norm_win": scale * win ** 0.5, "grad_norm_lose": scale * lose ** 0.5, "grad_cosine": both / max((win * lose) ** 0.5, 1e-300)}
+
+
 @torch.no_grad()
 def ema_update(ema, policy, decay):
     """ema <- decay * ema + (1 - decay) * policy, on the local shards: no communication."""
     torch._foreach_lerp_([p.to_local() for p in ema.parameters()], [p.to_local() for p in policy.parameters()], 1 - decay)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# the reference, scored once
+
+def open_errors(path, key, positions):
+    """
+    What is known of the reference's errors: (positions or more, 2) float32, win and lose, NaN where a position is not scored yet. All ranks read the file.
+
+    key {name: value} is all that decides them but the position. Raises ValueError if the file at path was scored with another.
+    """
+    errors = torch.full((positions, 2), float("nan"))
+    if Path(path).exists():
+        with safe_open(path, "pt") as file:
+            found, stored = json.loads(file.metadata()["key"]), file.get_tensor("errors")
+        for name, value in key.items():
+            if found.get(name) != value:
+                raise ValueError(f"{path}: the reference's errors in it were scored with {name} = {found.get(name)}, this run has {name} = {value}; "
+                                 f"use the same, another --out, or delete that file to score them again")
+        errors = torch.cat([stored, errors[len(stored):]])
+    return errors
+
+
+@torch.no_grad()
+def score_reference(path, key, errors, steps, batch_size, score, positions, ranks, every=30.0):
+    """
+    Score what is missing of the positions of these steps and fill it into errors (of open_errors), on every rank alike.
+
+    score(range of positions) -> (2, B). positions(step) -> the ranges of this rank, as in training, so that an error is what it would be there to the last
+    bit. The file at path is written whole every so many seconds and at the end: a run that is killed goes on from there.
+    """
+    def write():
+        if ranks.rank == 0:
+            save_file({"errors": errors}, f"{path}.tmp", metadata={"key": json.dumps(key)})
+            os.replace(f"{path}.tmp", path)
+        return time.monotonic()
+
+    dist.barrier()                                         # everyone has read the file
+    written, speaks = time.monotonic(), ranks.rank % (ranks.world // ranks.data_ranks) == 0        # the first of the ranks that share their pairs
+    steps = [step for step in steps if errors[step * batch_size:(step + 1) * batch_size].isnan().any()]
+    for step in tqdm(steps, desc="reference errors", unit="step", disable=ranks.rank != 0 or not steps):
+        mine = torch.zeros(batch_size, 2)
+        for part in positions(step):
+            mine[part.start - step * batch_size:part.stop - step * batch_size] = score(part).T.cpu() * speaks
+        mine = mine.to(ranks.device)
+        dist.all_reduce(mine)                              # every position has one speaker, so the sum is that one's number
+        errors[step * batch_size:(step + 1) * batch_size] = mine.cpu()
+        if time.monotonic() - written > every:
+            written = write()
+    if steps:
+        write()
+    dist.barrier()
 
 
 # ------------------------------------------------------------------------------------------------------------------

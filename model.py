@@ -80,6 +80,12 @@ class Linear32(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
+class PatchEmbedding(nn.Conv3d):
+    """A convolution whose stride is its kernel, as the product that it is: patches (B, L, C*pf*ph*pw) -> (B, L, D), contiguous, of any share of them."""
+    def forward(self, patches):
+        return F.linear(patches, self.weight.flatten(1), self.bias)
+
+
 class LayerNorm32(nn.LayerNorm):
     """LayerNorm of the float32 residual stream; the result stays float32."""
     def forward(self, x):
@@ -165,6 +171,7 @@ class SelfAttention(nn.Module):
         self.num_heads = config.num_heads
         self.q, self.k, self.v, self.o = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.norm_q, self.norm_k = RMSNorm(dim, eps=config.eps), RMSNorm(dim, eps=config.eps)
+        self.attend = attention                                          # context parallelism wraps it (fsdp_utils.ContextParallel)
 
     def split_heads(self, x):
         return x.unflatten(-1, (self.num_heads, -1))
@@ -173,7 +180,7 @@ class SelfAttention(nn.Module):
         q = rotate(self.split_heads(self.norm_q(self.q(x))), cos, sin)   # (B, L, N, K)
         k = rotate(self.split_heads(self.norm_k(self.k(x))), cos, sin)
         v = self.split_heads(self.v(x))
-        return self.o(attention(q, k, v))
+        return self.o(self.attend(q, k, v))
 
 
 class CrossAttention(SelfAttention):
@@ -253,7 +260,7 @@ class WanModel(nn.Module):
         super().__init__()
         self.config = config
         dim = config.dim
-        self.patch_embedding = nn.Conv3d(config.in_dim, dim, config.patch_size, stride=config.patch_size)
+        self.patch_embedding = PatchEmbedding(config.in_dim, dim, config.patch_size, stride=config.patch_size)
         self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(Linear32(config.freq_dim, dim), nn.SiLU(), Linear32(dim, dim))
         self.time_projection = nn.Sequential(nn.SiLU(), Linear32(dim, 6 * dim))
@@ -261,6 +268,7 @@ class WanModel(nn.Module):
             self.img_emb = ImageEmbedding(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
         self.head = Head(config)
+        self.context_parallel = None                                     # fsdp_utils.ContextParallel, where ranks share the tokens of a video
         self.init_weights()
 
     def init_weights(self):
@@ -294,19 +302,23 @@ class WanModel(nn.Module):
     def trunk(self, x, timestep, context, y=None, clip_features=None):
         """
         Everything before the head (another head on the same features, such as a preference score, starts from here).
-        Returns tokens (B,L,D), time_emb (U,D), time_index (B,1) or (B,L), the row of time_emb that each token has.
+        Returns tokens (B,L,D), time_emb (U,D), time_index (B,1) or (B,L), the row of time_emb that each token has. Under context parallelism L is
+        this rank's share of the tokens.
         """
         self.check_inputs(x, timestep, context, y, clip_features)
         dtype = self.patch_embedding.weight.dtype                        # of the matrices
         x = x if y is None else torch.cat([x, y.to(x.dtype)], dim=1)
-        x = self.patch_embedding(x.to(dtype))                            # (B, D, f, h, w)
-        cos, sin = rope_table(x.shape[2:], self.config.dim // self.config.num_heads, x.device)
-        x = rearrange(x, "b d f h w -> b (f h w) d").to(torch.promote_types(dtype, torch.float32))
+        pf, ph, pw = self.config.patch_size
+        cos, sin = rope_table((x.shape[2] // pf, x.shape[3] // ph, x.shape[4] // pw), self.config.dim // self.config.num_heads, x.device)
+        x = rearrange(x, "b c (f pf) (h ph) (w pw) -> b (f h w) (c pf ph pw)", pf=pf, ph=ph, pw=pw)      # (B, L, C*pf*ph*pw)
 
         if timestep.ndim == 1:
             time_index = torch.arange(len(timestep), device=timestep.device)[:, None]        # (B, 1): one timestep for a whole video
         else:
             timestep, time_index = timestep.unique(return_inverse=True)  # (U,), (B, L): [B,L,6,D] would be gigabytes for two timesteps
+        if self.context_parallel is not None:                            # from here on this rank has its share of the L tokens
+            x, cos, sin, time_index = self.context_parallel.split(x, cos, sin, time_index)
+        x = self.patch_embedding(x.to(dtype)).to(torch.promote_types(dtype, torch.float32))              # (B, L, D), the residual stream
         time_emb = self.time_embedding(timestep_embedding(timestep, self.config.freq_dim).to(x.dtype))      # (U, D)
         time_mod = self.time_projection(time_emb).unflatten(1, (6, -1))  # (U, 6, D)
 
@@ -330,6 +342,8 @@ class WanModel(nn.Module):
         """
         tokens, time_emb, time_index = self.trunk(x, timestep, context, y, clip_features)
         tokens = self.head(tokens, time_emb, time_index)                 # (B, L, pf*ph*pw*C)
+        if self.context_parallel is not None:
+            tokens = self.context_parallel.join(tokens)                  # of all ranks: small beside one hidden state
         (f, h, w), (pf, ph, pw) = x.shape[2:], self.config.patch_size
         return rearrange(tokens, "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)",            # channels are innermost
                          f=f // pf, h=h // ph, w=w // pw, pf=pf, ph=ph, pw=pw)

@@ -7,9 +7,9 @@ Preference post-training of Wan video models, offline objectives: one file, one 
     python train.py --export out/regdpo/step_000300 --export_format comfyui --export_dtype bfloat16 --out wan.safetensors
 """
 import argparse
+import gc
 import json
 import math
-import resource
 import sys
 import time
 from collections import Counter
@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 import losses
 import toy
-from data import check_samples, collate, contact_sheet, draw, open_data, order, randomness, write_sample, write_whole
-from fsdp_utils import (checkpoint_blocks, clip_gradients, ema_update, exchange_branches, extremes, find_checkpoint, load_checkpoint, load_weights,
-                        save_checkpoint, shard_model, start_ranks, stored_weights, total)
+from data import check_samples, collate, contact_sheet, draw, fingerprint, open_data, order, randomness, write_sample, write_whole
+from fsdp_utils import (ContextParallel, add_branches, checkpoint_blocks, clip_gradients, ema_update, exchange_branches, extremes, find_checkpoint,
+                        load_checkpoint, load_weights, memory_gib, memory_plan, open_errors, save_checkpoint, score_reference, shard_model, start_ranks,
+                        stored_weights, swap_gradients, total)
 from losses import add_noise, flow_error, importance_weight, next_sigma, safeguard_coefficient, velocity_target
 from model import CONFIGS, WanConfig, WanModel, hold_first_frame, load_wan, open_wan, save_wan
 from sample import DEFAULTS, generate, make_negatives, seed_of, weights_digest
@@ -74,10 +75,16 @@ def parse_args(argv):
     p.add_argument("--max_grad_norm", type=float, default=1.0)
     p.add_argument("--loss_scale", type=float, default=0.0, help="multiplies the loss for backward only; 0: what brings c_win to about 1 at the start")
     p.add_argument("--ema_decay", type=float, default=0.98, help="0: no average is kept; otherwise it is what is sampled and exported")
-    # memory
+    # memory and ranks
     p.add_argument("--backward", default="joint", choices=["joint", "sequential", "pair"], help="one graph | one branch at a time | one branch a rank")
-    p.add_argument("--ref", default="live", choices=["live", "offload"], help="where the frozen reference lives: sharded beside the policy, or on the CPU")
-    p.add_argument("--checkpointing", default="off", choices=["off", "selective", "full"])
+    p.add_argument("--branch_norms", action="store_true", help="log the gradient norms of the two branches and their cosine; needs --backward sequential, and gradients twice")
+    p.add_argument("--cp_size", type=int, default=1, help="ranks that share the tokens of each video; must divide the heads")
+    p.add_argument("--replicate", type=int, default=1, help="groups of ranks that each hold all weights, such as nodes; 1: shard over all ranks")
+    p.add_argument("--ref", default="live", choices=["live", "offload", "cached"],
+                   help="the frozen reference: sharded beside the policy | on the CPU | scored once before training, then gone")
+    p.add_argument("--checkpointing", default="off", choices=["off", "selective", "full"], help="selective keeps block inputs and attention outputs, full the inputs only")
+    p.add_argument("--offload_activations", action="store_true", help="what checkpointing keeps waits on the CPU")
+    p.add_argument("--offload_params", action="store_true", help="weights, gradients, AdamW and EMA live on the CPU, and AdamW runs there")
     # the run's folder
     p.add_argument("--save_every", type=int, default=100)
     p.add_argument("--keep", type=int, default=2, help="checkpoints that stay")
@@ -128,6 +135,12 @@ def check_args(args, ranks):
                          f"take a multiple of {ranks.data_ranks * args.grad_accum}")
     if args.loss == "sft" and args.backward != "joint":
         raise ValueError(f"--backward {args.backward} is about the two branches of a pair; --loss sft has one")
+    if args.loss == "sft" and args.ref != "live":
+        raise ValueError(f"--ref {args.ref} is about the reference of a preference loss; --loss sft has none")
+    if args.branch_norms and args.backward != "sequential":
+        raise ValueError(f"--branch_norms needs the branches' gradients apart, which is --backward sequential, not {args.backward}")
+    if args.offload_activations and args.checkpointing == "off":
+        raise ValueError("--offload_activations moves what checkpointing keeps; add --checkpointing selective or full")
     if args.loss == "diffusion_sdpo" and args.backward == "pair":
         raise ValueError("--loss diffusion_sdpo needs both outputs on one rank; use --backward joint or sequential")
     if args.caption_dropout and args.loss != "sft":
@@ -184,19 +197,21 @@ def check_expert(args):
                              f"and samples only at timesteps {' or '.join(f'{first:g} to {last:g}' for first, last in sides)}, after the shift; train it there")
 
 
-def build_model(args, config, mesh, checkpointing="off", offload=False):
-    """The DiT with the weights of --init, sharded over all ranks; each rank reads its own rows only."""
+def build_model(args, config, ranks, checkpointing="off", offload=False):
+    """The DiT with the weights of --init, sharded over the ranks; each rank reads its own rows only."""
     if args.init == "scratch":
         torch.manual_seed(args.seed)                                          # every rank draws the same whole model, then keeps its shard
-        model = WanModel(config).to(mesh.device_type)
+        model = WanModel(config).to(ranks.device)
     else:
         _, tensors = open_wan(args.init, config)                              # strict: names, shapes and sizes are compared here
         with torch.device("meta"):
             model = WanModel(config)
-    checkpoint_blocks(model, checkpointing)
-    shard_model(model, mesh, offload)
+    if ranks.cp_size > 1:
+        ContextParallel(model, ranks.cp_group)
+    checkpoint_blocks(model, checkpointing, args.offload_activations)
+    shard_model(model, ranks.mesh, offload)
     if args.init != "scratch":
-        model.to_empty(device="cpu" if offload else mesh.device_type)
+        model.to_empty(device="cpu" if offload else ranks.device)
         load_weights(model, tensors)
     return model
 
@@ -289,9 +304,20 @@ def diagnostics(m):
     return found | ({"saturated": (m["margin"].abs() > 5).float()} if "dgr" in m else {})    # a margin with beta in it
 
 
-def backward_batch(args, policy, ref, batch, scale, ranks):
+@torch.no_grad()
+def reference_errors(args, ref, batch, ranks):
+    """Errors of the frozen reference, (2, B), in the forwards that backward_batch takes the policy through, so that where the two are equal the errors are."""
+    if args.backward == "joint":
+        return flow_errors(ref, branch(batch, "win", "lose"))[0].view(2, -1)
+    if args.backward == "sequential":
+        return torch.stack([flow_errors(ref, branch(batch, name))[0] for name in ("win", "lose")])
+    return exchange_branches(flow_errors(ref, branch(batch, ("win", "lose")[ranks.branch]))[0], ranks.pair_group)
+
+
+def backward_batch(args, policy, ref, batch, scale, ranks, aside=()):
     """
-    Errors, loss and gradient of one micro-batch of pairs. scale multiplies the sum over its pairs. Returns metrics {name: (B,)}.
+    Errors, loss and gradient of one micro-batch of pairs. ref: the frozen reference, or its errors (2, B). scale multiplies the sum over its pairs.
+    aside: where the gradients of the lose branch are gathered, for --branch_norms. Returns metrics {name: (B,)}.
 
     joint       both branches in one forward and one graph
     sequential  one branch's activations at a time, for one more forward of the loser: 11 forwards instead of 10
@@ -303,37 +329,35 @@ def backward_batch(args, policy, ref, batch, scale, ranks):
         (scale * loss.sum()).backward()
         return metrics | {"loss": loss.detach(), "err_win": err.detach()}
 
+    ref_errors = ref if torch.is_tensor(ref) else reference_errors(args, ref, batch, ranks)
     if args.backward == "joint":
-        inputs = branch(batch, "win", "lose")
-        with torch.no_grad():
-            ref_err_win, ref_err_lose = flow_errors(ref, inputs)[0].chunk(2)
-        err, v_pred, v_target = flow_errors(policy, inputs)
+        err, v_pred, v_target = flow_errors(policy, branch(batch, "win", "lose"))
         err_win, err_lose = err.chunk(2)
         (v_win, v_lose), (target_win, target_lose) = v_pred.detach().chunk(2), v_target.chunk(2)
         safeguard = safeguard_coefficient(v_win, target_win, v_lose, target_lose, args.mu) if args.loss == "diffusion_sdpo" else None
-        c_win, c_lose, metrics = coefficients(args, err_win, err_lose, ref_err_win, ref_err_lose, batch["sigma"], safeguard)
+        c_win, c_lose, metrics = coefficients(args, err_win, err_lose, *ref_errors, batch["sigma"], safeguard)
         (scale * (c_win * err_win - c_lose * err_lose).sum()).backward()
 
     elif args.backward == "sequential":
         win, lose = branch(batch, "win"), branch(batch, "lose")
         with torch.no_grad():
-            ref_err_win, ref_err_lose = flow_errors(ref, win)[0], flow_errors(ref, lose)[0]
             err_lose, v_lose, target_lose = flow_errors(policy, lose)
         err_win, v_win, target_win = flow_errors(policy, win)
         safeguard = safeguard_coefficient(v_win, target_win, v_lose, target_lose, args.mu) if args.loss == "diffusion_sdpo" else None
-        c_win, c_lose, metrics = coefficients(args, err_win, err_lose, ref_err_win, ref_err_lose, batch["sigma"], safeguard)
+        c_win, c_lose, metrics = coefficients(args, err_win, err_lose, *ref_errors, batch["sigma"], safeguard)
         (scale * (c_win * err_win).sum()).backward()
         del err_win, v_win                                                    # the winner's graph goes before the loser's comes
+        if aside:
+            swap_gradients(policy.parameters(), aside)
         err_lose, _, _ = flow_errors(policy, lose)
         (-scale * (c_lose * err_lose).sum()).backward()
+        if aside:
+            swap_gradients(policy.parameters(), aside)
 
     else:
-        inputs = branch(batch, ("win", "lose")[ranks.branch])
-        with torch.no_grad():
-            ref_err, _, _ = flow_errors(ref, inputs)
-        err, _, _ = flow_errors(policy, inputs)
-        (err_win, ref_err_win), (err_lose, ref_err_lose) = exchange_branches(torch.stack([err.detach(), ref_err]), ranks.pair_group)
-        c_win, c_lose, metrics = coefficients(args, err_win, err_lose, ref_err_win, ref_err_lose, batch["sigma"])
+        err, _, _ = flow_errors(policy, branch(batch, ("win", "lose")[ranks.branch]))
+        err_win, err_lose = exchange_branches(err.detach(), ranks.pair_group)
+        c_win, c_lose, metrics = coefficients(args, err_win, err_lose, *ref_errors, batch["sigma"])
         (scale * ((c_win, -c_lose)[ranks.branch] * err).sum()).backward()
     return metrics
 
@@ -406,8 +430,9 @@ def make_world(args, config, ranks):
 
 def sample_held_out(args, model, captions, ranks):
     """Clips of these captions, the same seeds whatever the model. Every rank makes its share. Returns videos (N, 3, 8, 32, 32) on the CPU of every rank."""
-    share = -(-len(captions) // ranks.world)                                  # a sharded model needs equally many forwards on every rank
-    mine = [(ranks.rank + i * ranks.world) % len(captions) for i in range(share)]
+    samplers = ranks.world // ranks.cp_size                                   # the ranks that share a video's tokens sample it together
+    share = -(-len(captions) // samplers)                                     # a sharded model needs equally many forwards on every rank
+    mine = [(ranks.rank // ranks.cp_size + i * samplers) % len(captions) for i in range(share)]
     latents = []
     for start in range(0, share, 64):
         part = mine[start:start + 64]
@@ -417,7 +442,7 @@ def sample_held_out(args, model, captions, ranks):
     latents = torch.cat(latents)
     everyone = [torch.empty_like(latents) for _ in range(ranks.world)]
     dist.all_gather(everyone, latents)
-    latents = torch.stack(everyone, dim=1).flatten(0, 1)[:len(captions)]      # rank by rank -> the order of the captions
+    latents = torch.stack(everyone[::ranks.cp_size], dim=1).flatten(0, 1)[:len(captions)]    # rank by rank -> the order of the captions
     return toy.decode_pixels(latents.cpu()).clamp(-1, 1)
 
 
@@ -425,7 +450,7 @@ def sample_held_out(args, model, captions, ranks):
 
 def main(args):
     # ---------------- ranks
-    ranks = start_ranks(pair=args.backward == "pair")
+    ranks = start_ranks(args.backward == "pair", args.cp_size, args.replicate)
     if args.export:
         if args.out == args.defaults["out"] or (Path(args.out) / "log.jsonl").exists():
             raise ValueError(f"--export {args.export} --out {args.out}: name a new file or folder with --out, which is not a run's own")
@@ -438,6 +463,8 @@ def main(args):
     check_expert(args)
     needs_pairs = args.loss != "sft"
     per_rank = args.batch_size // (ranks.data_ranks * args.grad_accum)
+    if config.num_heads % args.cp_size:
+        raise ValueError(f"--cp_size {args.cp_size} does not divide the {config.num_heads} heads of --model {args.model}")
 
     # ---------------- data
     toy_world = args.data == "toy"
@@ -447,10 +474,27 @@ def main(args):
     check_samples(dataset.wins, config, per_rank)
     first = dataset[0]
 
+    # ---------------- what decides the run
+    # this must not change on resume; ranks, accumulation, memory flags and steps may
+    drawn = ("seed", "timestep_sampling", "flow_shift", "min_timestep", "max_timestep")            # what a position is: which pair, sigma and noise
+    fixed = {name: getattr(args, name) for name in (*drawn, "loss", "model", "batch_size", "learning_rate", "weight_decay", "warmup_steps", "decay_steps",
+             "max_grad_norm", "loss_scale", "ema_decay", "caption_dropout", *LOSS_FLAGS[args.loss])}
+    files = [path for pair in dataset.pairs for path in pair] if needs_pairs else dataset.files
+    fixed |= {"init": "scratch" if args.init == "scratch" else weights_digest(args.init),
+              "data": f"{len(dataset)} {'pairs' if needs_pairs else 'samples'}, {seed_of([Path(path).name for path in files]):x}"}
+    if toy_world and needs_pairs:
+        fixed |= {"guidance": args.guidance, "sample_steps": args.sample_steps}                  # of the negatives
+    if args.decay_steps:
+        fixed["steps"] = args.steps
+    if args.ref == "cached":                                                  # what decides the reference's error at a position
+        scored_with = {name: fixed[name] for name in ("init", *drawn)} | {"data": fingerprint(files), "device": ranks.device.type}
+        errors = open_errors(args.out / "ref_errors.safetensors", scored_with, args.steps * args.batch_size)
+
     # ---------------- models
-    policy = build_model(args, config, ranks.mesh, args.checkpointing)
-    ref = build_model(args, config, ranks.mesh, offload=args.ref == "offload").eval().requires_grad_(False) if needs_pairs else None
-    ema = build_model(args, config, ranks.mesh).eval().requires_grad_(False) if args.ema_decay else None
+    policy = build_model(args, config, ranks, args.checkpointing, args.offload_params)
+    needs_ref = needs_pairs and (args.ref != "cached" or errors.isnan().any())
+    ref = build_model(args, config, ranks, offload=args.ref == "offload").eval().requires_grad_(False) if needs_ref else None
+    ema = build_model(args, config, ranks, offload=args.offload_params).eval().requires_grad_(False) if args.ema_decay else None
 
     # ---------------- optimizer
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
@@ -460,16 +504,6 @@ def main(args):
         return args.learning_rate * min(warm, (args.steps - step) / args.decay_steps if args.decay_steps else 1.0)
 
     # ---------------- resume
-    # what decides the numbers of a run, and so must not change on resume; ranks, accumulation, memory flags and steps may
-    fixed = {name: getattr(args, name) for name in ("loss", "model", "seed", "batch_size", "learning_rate", "weight_decay", "warmup_steps", "decay_steps",
-             "max_grad_norm", "loss_scale", "ema_decay", "timestep_sampling", "flow_shift", "min_timestep", "max_timestep", "caption_dropout", *LOSS_FLAGS[args.loss])}
-    files = [path for pair in dataset.pairs for path in pair] if needs_pairs else dataset.files
-    fixed |= {"init": "scratch" if args.init == "scratch" else weights_digest(args.init),
-              "data": f"{len(dataset)} {'pairs' if needs_pairs else 'samples'}, {seed_of([Path(path).name for path in files]):x}"}
-    if toy_world and needs_pairs:
-        fixed |= {"guidance": args.guidance, "sample_steps": args.sample_steps}                  # of the negatives
-    if args.decay_steps:
-        fixed["steps"] = args.steps
     start = 0
     log_path = args.out / "log.jsonl"
     if args.resume:
@@ -487,13 +521,12 @@ def main(args):
     # ---------------- what will happen
     parameters = sum(p.numel() for p in policy.parameters())
     tokens = math.prod(n // p for n, p in zip(first["win"].shape[1:], config.patch_size))
-    gib = lambda copies: copies * 4 * parameters / ranks.world / 2 ** 30
     talk(f"{args.model}: {parameters:,} parameters, {ranks.world} rank{'s' * (ranks.world > 1)} on {ranks.device.type}, torch {torch.__version__}")
-    talk(f"memory per rank: weights {gib(1):.3f} GiB, gradients {gib(1):.3f}, AdamW {gib(2):.3f}, "
-         f"reference {gib(1) if needs_pairs else 0:.3f}{' (CPU)' if args.ref == 'offload' else ''}, ema {gib(1) if ema is not None else 0:.3f}; activations on top")
+    talk(memory_plan(args, config, parameters, tokens, per_rank * (2 if needs_pairs and args.backward == "joint" else 1), needs_pairs, ranks))
     talk(f"{len(dataset):,} {'pairs' if needs_pairs else 'samples'} in {'the embedded world' if toy_world else args.data}, latents {tuple(first['win'].shape)} = {tokens:,} tokens, context {tuple(first['context'].shape)}"
          + (f"; {len(dataset.unpaired)} real samples have no negative and are left out" if needs_pairs and dataset.unpaired else ""))
-    talk(f"a step: {args.batch_size} pairs = {ranks.data_ranks} data ranks x {args.grad_accum} accumulation x {per_rank}; "
+    talk(f"a step: {args.batch_size} pairs = {ranks.data_ranks} data ranks x {args.grad_accum} accumulation x {per_rank}"
+         + f" (one data rank: {ranks.world // ranks.data_ranks} ranks, {'one branch each' if args.backward == 'pair' else 'both branches'}, tokens over {args.cp_size})" * (ranks.world > ranks.data_ranks) + "; "
          f"steps {start} to {args.steps} = {(args.steps - start) * args.batch_size / len(dataset):.1f} epochs; log in {log_path}")
 
     marks = {}
@@ -515,21 +548,32 @@ def main(args):
 
     sheets = [held_out] if toy_world and args.eval_clips else []
     if toy_world and args.eval_clips and args.init != "scratch":
-        sheets += [evaluate("before", ref if ref is not None else build_model(args, config, ranks.mesh))]
+        sheets += [evaluate("before", ref if ref is not None else build_model(args, config, ranks))]
+
+    def positions(step):                                                      # of this rank, a range for each accumulation step
+        begins = [step * args.batch_size + (micro * ranks.data_ranks + ranks.data_rank) * per_rank for micro in range(args.grad_accum)]
+        return [range(begin, begin + per_rank) for begin in begins]
+
+    if args.ref == "cached":
+        score_reference(args.out / "ref_errors.safetensors", scored_with, errors, range(start, args.steps), args.batch_size,
+                        lambda mine: reference_errors(args, ref, read_batch(args, dataset, mine, ranks.device), ranks), positions, ranks)
+        ref = None
+        gc.collect()                                                          # a sharded model refers to itself; without this it would stay for a while
 
     # ---------------- the loop
     sources = {dataset.source(i) for i in range(len(dataset))} if needs_pairs else set()
     scale = args.loss_scale * ranks.world / args.batch_size                   # FSDP averages over all ranks; a step is the mean over its pairs
+    aside = [None] * len(list(policy.parameters())) if args.branch_norms else ()
     skipped = 0
     for step in range(start, args.steps):
         began = time.perf_counter()
         if ranks.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()                              # of this step, not of sampling before it
         sums, margins = {}, []
-        for micro in range(args.grad_accum):
-            begin = step * args.batch_size + (micro * ranks.data_ranks + ranks.data_rank) * per_rank
-            batch = read_batch(args, dataset, range(begin, begin + per_rank), ranks.device)
-            metrics = backward_batch(args, policy, ref, batch, scale, ranks)
+        for mine in positions(step):
+            batch = read_batch(args, dataset, mine, ranks.device)
+            known = errors[mine.start:mine.stop].T.to(ranks.device) if args.ref == "cached" else ref
+            metrics = backward_batch(args, policy, known, batch, scale, ranks, aside)
             add_up(sums, metrics, batch["sigma"])
             margins += metrics["margin"].tolist() if needs_pairs else []
         row, counts = summarise(sums, margins, ranks.device)
@@ -541,6 +585,8 @@ def main(args):
                                f"not take the same numerical path, so every later margin would be wrong by as much (and the DPO part of the loss is not log 2)")
 
         kept = counts["pairs"] / max(1, counts["kept"]) if "kept" in counts else 1.0
+        if args.branch_norms:
+            row |= add_branches(list(policy.parameters()), aside, kept)
         row["grad_norm"] = clip_gradients(list(policy.parameters()), args.max_grad_norm, kept)
         row["lr"] = learning_rate(step)
         for group in optimizer.param_groups:
@@ -558,8 +604,7 @@ def main(args):
         optimizer.zero_grad()
 
         row = {"step": step, **row, "skipped": skipped, "seconds": time.perf_counter() - began}
-        row["memory_gib"] = (torch.cuda.max_memory_allocated() if ranks.device.type == "cuda"
-                             else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)) / 2 ** 30
+        row["memory_gib"] = memory_gib(ranks.device)
         row["tokens_per_second"] = args.batch_size * tokens * (2 if needs_pairs else 1) / row["seconds"]
         if ranks.rank == 0:
             exact = json.dumps({name: value for name, value in row.items() if name != "pairs"})

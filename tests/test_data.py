@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 import data
-from data import PairSet, SampleSet, check_samples, collate, draw, open_data, order, pairs_by_stem, pairs_from_jsonl, randomness, read_header, read_sample, write_sample
+from data import (PairSet, SampleSet, check_samples, collate, draw, fingerprint, open_data, order, pairs_by_stem, pairs_from_jsonl, randomness, read_header,
+                  read_sample, write_sample)
 from model import WanConfig
 
 
@@ -324,6 +325,16 @@ def test_samples_that_go_through_the_model_together_must_be_alike(tmp_path):
 
 
 # order, noise, batches
+
+def test_a_fingerprint_changes_with_order_names_sizes_and_values_and_with_nothing_else(tmp_path):
+    files = [sample(tmp_path / f"{i}.safetensors", shape=(2, 3, 40, 40), value=float(i)) for i in range(3)]
+    before = fingerprint(files)
+    os.utime(files[0], (0, 0))
+    assert fingerprint(files) == before and len(before) == 16
+    assert len({before, fingerprint(files[::-1]), fingerprint(files[:2]), fingerprint([*files[:2], files[2].rename(tmp_path / "x.safetensors")])}) == 4
+    sample(tmp_path / "2.safetensors", shape=(2, 3, 40, 40), value=2.001)
+    assert fingerprint(files) != before
+
 
 def test_order_is_a_fresh_permutation_every_epoch():
     n = 37

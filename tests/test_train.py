@@ -38,12 +38,31 @@ def world(tmp_path_factory):
     return folder
 
 
-POOLS = [ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) for _ in range(4)]    # one process a rank, started once, when first used
+# One process a rank, started once, when first used. Forked from a server that has imported torch but never run autograd, after which forked ranks would hang.
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch._dynamo", "einops", "safetensors.torch", "pytest"])
+POOLS = [ProcessPoolExecutor(1, mp_context=FORKS) for _ in range(8)]
 
 
-def in_rank(rank, world_size, port, argv):
+def in_rank(rank, world_size, port, function, arguments):
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    try:
+        return function(*arguments)
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+
+
+def on_ranks(ranks, function, *arguments):
+    """function(*arguments), of a module, on this many ranks. Returns what each of them returns."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    return [done.result(timeout=120) for done in [POOLS[rank].submit(in_rank, rank, ranks, port, function, arguments) for rank in range(ranks)]]
+
+
+def train_main(argv):
     train.main(train.parse_args(argv))
 
 
@@ -51,11 +70,7 @@ def run(world, out, *flags, ranks=1):
     """Train on this many ranks. Returns the rows of the log, and the exported weights."""
     argv = ["--init", str(world / "base"), "--data", str(world / "data"), "--out", str(out), "--batch_size", "8", "--steps", "6", "--learning_rate", "2e-4",
             "--warmup_steps", "2", "--save_every", "3", "--max_grad_norm", "0.3", "--min_timestep", "0", "--ema_decay", "0", *flags]
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    for done in [POOLS[rank].submit(in_rank, rank, ranks, port, argv) for rank in range(ranks)]:
-        done.result(timeout=120)
+    on_ranks(ranks, train_main, argv)
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return rows, load_file(out / "export" / "diffusion_pytorch_model.safetensors"), world / "base" / "diffusion_pytorch_model.safetensors"
 

@@ -1,0 +1,425 @@
+"""Whatever ranks share the work, and wherever memory is taken from, the gradient is that of the loss written down plainly in one process."""
+import copy
+import dataclasses
+import hashlib
+import shutil
+import weakref
+from functools import lru_cache
+from types import SimpleNamespace
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file, save_file
+
+import fsdp_utils
+import losses
+import toy
+import train
+from data import open_data, read_sample
+from fsdp_utils import ContextParallel, add_branches, checkpoint_blocks, open_errors, score_reference, start_ranks
+from model import CONFIGS, WanModel, save_wan
+from test_train import main_fails, on_ranks, run, same_run, train_main, world  # noqa: F401  (world is a fixture)
+
+CONFIG = dataclasses.replace(CONFIGS["tiny"], dim=32, ffn_dim=64, num_layers=2)
+LOSSES = ("sft", "dpo", "regdpo", "sdpo", "diffusion_sdpo")
+
+
+def arguments(loss, flags=""):
+    args = train.parse_args(["--loss", loss, "--min_timestep", "300", "--batch_size", "4", *flags.split()])
+    args.beta = 20.0                                                     # two random models are far apart; 1000 would saturate
+    return args
+
+
+def double(batch):
+    return {name: value.double() if torch.is_tensor(value) else value for name, value in batch.items()}
+
+
+@pytest.fixture(scope="module")
+def plain(world, tmp_path_factory):
+    """A folder with a policy, a reference, and for every loss the gradient of its mean over four pairs as one would write it down: {loss: {name: gradient}}."""
+    folder = tmp_path_factory.mktemp("plain")
+    torch.manual_seed(3)
+    models = [WanModel(CONFIG).double() for _ in range(2)]
+    for model, name in zip(models, ("policy", "ref")):
+        torch.nn.init.normal_(model.head.head.weight, std=0.2)
+        save_wan(model, folder / name)
+    policy, ref = models
+    batch = double(train.read_batch(arguments("dpo"), open_data(world / "data", pairs=True), range(4), "cpu"))
+
+    def err(model, kind):
+        sigma = batch["sigma"].view(-1, 1, 1, 1, 1)
+        v = model((1 - sigma) * batch[kind] + sigma * batch["noise"], 1000 * batch["sigma"], batch["context"])
+        return ((v - (batch["noise"] - batch[kind])) ** 2).mean(dim=(1, 2, 3, 4)), v, batch["noise"] - batch[kind]
+
+    with torch.no_grad():
+        ref_win, ref_lose = err(ref, "win")[0], err(ref, "lose")[0]
+    parameters, expected = dict(policy.named_parameters()), {}
+
+    def gradient(value):
+        return dict(zip(parameters, torch.autograd.grad(value.mean(), list(parameters.values()))))
+    for loss in LOSSES:
+        args = arguments(loss)
+        (win, v_win, t_win), (lose, v_lose, t_lose) = err(policy, "win"), err(policy, "lose")
+        safeguard = losses.safeguard_coefficient(v_win, t_win, v_lose, t_lose, args.mu)
+        value = win if loss == "sft" else train.pair_loss(args, win, lose, ref_win, ref_lose, batch["sigma"], safeguard)[0]
+        expected[loss] = gradient(value)
+    (win, _, _), (lose, _, _) = err(policy, "win"), err(policy, "lose")                               # the branches of one loss apart, each with the other held
+    expected["win"] = gradient(train.pair_loss(arguments("regdpo"), win, lose.detach(), ref_win, ref_lose, batch["sigma"], None)[0])
+    (lose, _, _) = err(policy, "lose")
+    expected["lose"] = gradient(train.pair_loss(arguments("regdpo"), win.detach(), lose, ref_win, ref_lose, batch["sigma"], None)[0])
+    torch.save(expected, folder / "expected.pt")
+    return folder
+
+
+@lru_cache
+def plain_gradients(folder):
+    return torch.load(folder / "expected.pt")
+
+
+def sharded_models(args, folder):
+    """ranks, policy and reference in float64, as train.py lays them out."""
+    ranks = start_ranks(args.backward == "pair", args.cp_size, args.replicate)
+    torch.set_default_dtype(torch.float64)
+    try:
+        args.init = folder / "ref"
+        ref = train.build_model(args, CONFIG, ranks, offload=args.ref == "offload").requires_grad_(False)
+        args.init = folder / "policy"
+        policy = train.build_model(args, CONFIG, ranks, args.checkpointing, args.offload_params)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    return ranks, policy, ref
+
+
+def worst(policy, expected):
+    """Relative to the whole gradient of a parameter, the difference in the rows that this rank holds; the worst one."""
+    rows = lambda name, p: expected[name][slice(*fsdp_utils.my_rows(p))]
+    return max(((p.grad.to_local() - rows(name, p)).norm() / expected[name].norm()).item() for name, p in policy.named_parameters())
+
+
+def worst_gradients(world, folder, flags, kinds):
+    """{loss: worst relative difference of a gradient from the plain one}, of this rank's share of the four pairs, back-propagated as the flags say."""
+    expected, found = plain_gradients(folder), {}
+    args = arguments("dpo", flags)
+    ranks, policy, ref = sharded_models(args, folder)
+    per_rank = 4 // ranks.data_ranks
+    dataset = open_data(world / "data", pairs=True)
+    batch = double(train.read_batch(args, dataset, range(ranks.data_rank * per_rank, (ranks.data_rank + 1) * per_rank), "cpu"))
+    known = train.reference_errors(args, ref, batch, ranks)
+    for loss in kinds:
+        args = arguments(loss, flags)
+        policy.zero_grad()
+        train.backward_batch(args, policy, ref if loss == "regdpo" and args.ref != "cached" else known, batch, ranks.world / 4, ranks)
+        found[loss] = worst(policy, expected[loss])
+    return found
+
+
+@pytest.mark.parametrize("ranks, flags", [
+    (2, ""), (2, "--backward sequential --replicate 2"), (2, "--backward pair --checkpointing selective --offload_activations"), (2, "--cp_size 2 --ref cached"),
+    (2, "--cp_size 2 --backward sequential --checkpointing full --offload_activations --offload_params --ref offload"),
+    (4, "--backward pair --ref cached"), (4, "--cp_size 4"), (4, "--cp_size 2 --backward pair"),
+    (4, "--replicate 2 --backward sequential --offload_params --checkpointing selective --offload_activations"),
+    (8, "--cp_size 2 --backward pair --replicate 2 --checkpointing full")])
+def test_the_gradient_of_every_loss_is_that_of_one_process_and_one_graph(world, plain, ranks, flags):
+    refused = ({"sft"} if "--backward" in flags else set()) | ({"diffusion_sdpo"} if "pair" in flags else set())
+    kinds = [loss for loss in LOSSES if loss not in refused]
+    for found in on_ranks(ranks, worst_gradients, world, plain, flags, kinds):
+        assert max(found.values()) < 1e-12, found
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# context parallelism
+
+def shared_tokens(cases):
+    """For each (grid of tokens, whether each has a timestep of its own): worst relative difference between a model whose tokens four ranks share and a whole one."""
+    group = start_ranks(cp_size=4).cp_group
+    return [one_difference(group, *case) for case in cases]
+
+
+def one_difference(group, grid, per_token):
+    config = dataclasses.replace(CONFIG, in_dim=15, image_dim=8)
+    torch.manual_seed(0)
+    model = WanModel(config).double()
+    torch.nn.init.normal_(model.head.head.weight, std=0.2)
+    shared = copy.deepcopy(model)
+    ContextParallel(shared, group)
+    checkpoint_blocks(shared, "selective")
+    f, h, w = grid
+    x, y = torch.randn(2, 12, f, 2 * h, 2 * w).double(), torch.randn(2, 3, f, 2 * h, 2 * w).double()
+    timestep = torch.tensor([900.0, 300.0])[:, None] * (torch.arange(f * h * w) >= h * w) if per_token else torch.tensor([900.0, 300.0])
+    inputs = (x, timestep.double(), torch.randn(2, 5, 32).double(), y, torch.randn(2, 257, 8).double())
+    mask = torch.ones(1, 1, f, 1, 1).double()
+    mask[:, :, 0] = f == 1                                               # as for a first frame that is given
+    found = []
+    for each in (model, shared):
+        v = each(*inputs)
+        losses.flow_error(v, torch.ones_like(v), mask).sum().backward()
+        found.append((v.detach(), [p.grad for p in each.parameters()]))
+    (v, gradients), (v_shared, parts) = found
+    for part in parts:
+        dist.all_reduce(part)                                            # the sum over shares, which FSDP takes in training
+    with torch.no_grad():                                                # sampling needs nothing special
+        again = shared(*inputs)
+    return max([((v_shared - v).norm() / v.norm()).item(), ((again - v).norm() / v.norm()).item(),
+                *(((part - g).norm() / g.norm()).item() for part, g in zip(parts, gradients) if g.norm() > 1e-12)])
+
+
+def test_tokens_shared_by_four_ranks_change_nothing_whether_they_divide_or_not():
+    cases = [((3, 2, 2), False), ((2, 3, 3), True), ((5, 1, 1), True), ((1, 1, 1), False)]             # of 5 the last rank has none, of 1 only the first has it
+    for differences in on_ranks(4, shared_tokens, cases):
+        assert max(differences) < 1e-12, differences
+
+
+def held_out(folder, cp_size):
+    args = arguments("sft", f"--sample_steps 2 --init {folder / 'base'}")
+    ranks = start_ranks(cp_size=cp_size)
+    captions = toy.make_clips(5, seed=1, held_out=True)[0]
+    return train.sample_held_out(args, train.build_model(args, CONFIGS["tiny"], ranks), captions, ranks).tolist()
+
+
+def test_evaluations_sample_the_same_clips_when_ranks_share_the_tokens(world):
+    alone = torch.tensor(on_ranks(1, held_out, world, 1)[0])
+    assert alone.std() > 0.1
+    for shared in on_ranks(4, held_out, world, 2):
+        assert (torch.tensor(shared) - alone).abs().max() < 1e-4
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# the two branches' gradients
+
+def branch_norms(world, folder, flags):
+    """What add_branches says of two micro-batches, and the worst difference of the sum that it leaves."""
+    args, expected = arguments("regdpo", flags), plain_gradients(folder)
+    ranks, policy, ref = sharded_models(args, folder)
+    dataset, aside = open_data(world / "data", pairs=True), [None] * len(list(policy.parameters()))
+    per_rank = 2 // ranks.data_ranks
+    for micro in range(2):
+        begin = 2 * micro + ranks.data_rank * per_rank
+        batch = double(train.read_batch(args, dataset, range(begin, begin + per_rank), "cpu"))
+        train.backward_batch(args, policy, ref, batch, ranks.world / 4, ranks, aside)
+    found = add_branches(list(policy.parameters()), aside, 3.0)
+    return found, worst(policy, expected["regdpo"]), aside
+
+
+@pytest.mark.parametrize("ranks, flags", [(2, "--backward sequential"), (4, "--backward sequential --replicate 2 --cp_size 2 --offload_params")])
+def test_branch_norms_and_their_cosine_are_those_of_the_branches_differentiated_apart(world, plain, ranks, flags):
+    expected = plain_gradients(plain)
+    win, lose = (torch.cat([g.flatten() for g in expected[kind].values()]) for kind in ("win", "lose"))
+    for found, difference, aside in on_ranks(ranks, branch_norms, world, plain, flags):
+        assert found["grad_norm_win"] == pytest.approx(3 * win.norm().item(), rel=1e-10)
+        assert found["grad_norm_lose"] == pytest.approx(3 * lose.norm().item(), rel=1e-10)
+        assert found["grad_cosine"] == pytest.approx((win @ lose / win.norm() / lose.norm()).item(), rel=1e-10)
+        assert difference < 1e-12 and set(aside) == {None}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# who holds what
+
+def one_step(folder, flags):
+    """A digest of the whole weights as this rank sees them after a step from random ones, how many numbers it holds, and how many there are."""
+    args = arguments("sft", f"--init scratch {flags}")
+    ranks = start_ranks(cp_size=args.cp_size, replicate=args.replicate)
+    policy = train.build_model(args, CONFIG, ranks, offload=args.offload_params)
+    optimizer = torch.optim.AdamW(policy.parameters(), lr=1e-3, fused=True)
+    batch = train.read_batch(args, open_data(folder, pairs=False), [ranks.data_rank], "cpu")
+    before = torch.cat([p.full_tensor().flatten() for p in policy.parameters()]).detach()
+    train.backward_batch(args, policy, None, batch, 1.0, ranks)
+    optimizer.step()
+    after = torch.cat([p.full_tensor().flatten() for p in policy.parameters()]).detach()
+    assert (after - before).abs().max() > 5e-4                           # the head starts at zero, so few others move in a first step
+    return hashlib.sha256(after.numpy().tobytes()).hexdigest(), sum(p.to_local().numel() for p in policy.parameters()), len(after)
+
+
+@pytest.mark.parametrize("flags, groups", [("", 1), ("--replicate 2 --offload_params", 2)])
+def test_four_ranks_train_one_model_and_by_default_each_holds_a_quarter_of_it(world, flags, groups):
+    digests, held, whole = zip(*on_ranks(4, one_step, world / "data", flags))
+    assert len(set(digests)) == 1
+    assert sum(held) == groups * whole[0] and max(held) < 1.2 * groups * whole[0] / 4                  # modulations of one row stay whole on one rank
+
+
+def test_the_plan_says_what_is_on_each_rank_and_what_on_the_cpu():
+    ranks = SimpleNamespace(mesh=SimpleNamespace(shape=(2, 8)), device=torch.device("cpu"), cp_size=4)
+    plan = lambda *flags: fsdp_utils.memory_plan(train.parse_args(flags), CONFIGS["wan2.1-t2v-1.3b"], 2 ** 31, 2 ** 15 - 3, 2, True, ranks)
+    # 2^31 numbers of 4 bytes over 8 ranks are 1 GiB
+    assert "weights 1.000, gradients 1.000, AdamW 2.000, reference 1.000, ema 1.000; all activations" in plan()
+    # 2 videos x 30 blocks x 2^13 tokens x 1536 numbers x 4 bytes = 2.8125 GiB; with two attention outputs three times that
+    line = plan("--checkpointing", "full", "--offload_params", "--ref", "offload", "--ema_decay", "0")
+    assert "weights 1.000 (CPU), gradients 1.000 (CPU), AdamW 2.000 (CPU), reference 1.000 (CPU), kept activations 2.812; one block" in line
+    line = plan("--checkpointing", "selective", "--offload_activations", "--ref", "cached", "--branch_norms", "--backward", "sequential")
+    assert "gradients 2.000" in line and "reference 1.000 while it is scored, then 0" in line and "kept activations 8.438 (CPU)" in line
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# kept activations on the CPU
+
+class Late(fsdp_utils.Offload):
+    """A device whose copies happen as late as it may do them: when they are waited for, in the order in which they were asked for."""
+    made = []
+
+    def __init__(self):
+        super().__init__()
+        self.asked, self.done, self.most = [], 0, 0
+        self.made.append(self)
+
+    def copy(self, target, source):
+        if target._base is None:                                         # on the "device": what is not there yet must not pass for it
+            target.fill_(float("nan"))
+        self.asked.append((target, weakref.ref(source)))
+        return len(self.asked)
+
+    def wait(self, event):
+        while self.done < event:
+            target, source = self.asked[self.done]
+            assert source() is not None, "its memory was given back before it was copied"
+            target.copy_(source())
+            self.asked[self.done], self.done = None, self.done + 1
+
+    def pack(self, x):
+        kept = super().pack(x)
+        self.most = max(self.most, sum(ref() is not None and ref().x is not None for ref in self.leaving))
+        return kept
+
+
+@pytest.mark.parametrize("mode, a_block", [("full", 1), ("selective", 3)])
+def test_offloaded_activations_are_copied_before_they_leave_and_back_before_they_are_used(monkeypatch, mode, a_block):
+    torch.manual_seed(0)
+    plain = WanModel(dataclasses.replace(CONFIG, num_layers=5))
+    torch.nn.init.normal_(plain.head.head.weight, std=0.2)
+    late, shapes = copy.deepcopy(plain), []
+    monkeypatch.setattr(fsdp_utils, "Offload", Late)
+    checkpoint_blocks(plain, mode)
+    checkpoint_blocks(late, mode, offload=True)
+    store = Late.made[-1]
+    for turn in range(2):
+        inputs = torch.randn(2, 12, 3, 4, 6), torch.tensor([900.0, 300.0]), torch.randn(2, 5, 32)
+        for model in (plain, late):
+            model.zero_grad()
+            model(*inputs).square().mean().backward()
+        assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain.parameters(), late.parameters()))
+        assert len(store.free) == 5 * a_block and store.most == 2        # used again in the second turn; two at a time still on the device
+        assert all(len(buffer) == 2 * 18 * 32 * 4 for buffer in store.free)                            # hidden states, and nothing else
+    with torch.no_grad():
+        late(*inputs)
+    assert len(store.free) == 5 * a_block
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# the reference, scored once
+
+def scored(path, key, steps, die_at):
+    """Score two positions of each step on this rank; a position p has errors p + 1/4 and p + 1/2. Returns the steps it scored, and all errors."""
+    ranks, calls = start_ranks(), []
+
+    def score(part):
+        if part.start // 4 == die_at:
+            raise KeyboardInterrupt
+        calls.append(part.start // 4)
+        return torch.tensor([[p + 0.25 for p in part], [p + 0.5 for p in part]])
+    errors = open_errors(path, key, 4 * steps)
+    try:
+        score_reference(path, key, errors, range(steps), 4, score, lambda step: [range(4 * step + 2 * ranks.rank, 4 * step + 2 * ranks.rank + 2)], ranks, every=0.0)
+    except KeyboardInterrupt:
+        pass
+    return calls, errors.tolist()
+
+
+def test_scoring_goes_on_where_it_was_killed_and_more_steps_score_only_what_is_missing(tmp_path):
+    path, key = tmp_path / "ref_errors.safetensors", {"seed": 0, "data": "abc"}
+    assert [calls for calls, _ in on_ranks(2, scored, path, key, 5, 3)] == [[0, 1, 2]] * 2
+    for steps, expected in ((5, [3, 4]), (6, [5]), (4, []), (6, [])):
+        for calls, errors in on_ranks(2, scored, path, key, steps, -1):
+            assert calls == expected
+            assert errors[:4 * steps] == [[p + 0.25, p + 0.5] for p in range(4 * steps)]
+    with pytest.raises(ValueError, match="ref_errors.safetensors.* seed = 0, this run has seed = 1.*delete that file"):
+        open_errors(path, key | {"seed": 1}, 4)
+
+
+SMALL = ("--ema_decay", "0.9", "--batch_size", "4", "--steps", "4", "--save_every", "100")
+
+
+@pytest.fixture(scope="module")
+def with_average(world, tmp_path_factory):
+    """The run that the ones below must repeat: one rank, everything in its place."""
+    return run(world, tmp_path_factory.mktemp("live") / "out", *SMALL)
+
+
+def rows_without_times(found):
+    return [{k: v for k, v in row.items() if k not in ("seconds", "memory_gib", "tokens_per_second")} for row in found[0]]
+
+
+@pytest.fixture(scope="module")
+def with_cache(world, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cached")
+    return folder, run(world, folder / "out", *SMALL, "--ref", "cached")
+
+
+def test_a_cached_reference_gives_the_same_run_to_the_last_bit(with_average, with_cache):
+    folder, found = with_cache
+    assert rows_without_times(found) == rows_without_times(with_average)
+    assert all(torch.equal(found[1][name], with_average[1][name]) for name in found[1])
+    errors = load_file(folder / "out" / "ref_errors.safetensors")["errors"]
+    assert errors.shape == (16, 2)                                       # 4 steps of 4 pairs
+    for row, of_step in zip(found[0], errors.split(4)):
+        assert [row["ref_err_win"], row["ref_err_lose"]] == pytest.approx(of_step.mean(0).tolist(), rel=1e-6)
+
+
+def test_a_run_cut_in_every_way_at_once_and_resumed_in_another_is_the_same_run(world, with_average, tmp_path):
+    flags = (*SMALL, "--ref", "cached")
+    run(world, tmp_path / "out", *flags, "--steps", "2", "--replicate", "2", "--cp_size", "2", "--offload_params", "--checkpointing", "full", "--offload_activations", ranks=4)
+    before = load_file(tmp_path / "out" / "ref_errors.safetensors")["errors"]
+    found = run(world, tmp_path / "out", *flags, "--resume", "latest", "--backward", "sequential", "--branch_norms", "--checkpointing", "selective", "--offload_activations",
+                "--grad_accum", "2", ranks=2)
+    same_run(found, with_average)
+    errors = load_file(tmp_path / "out" / "ref_errors.safetensors")["errors"]
+    assert torch.equal(errors[:8], before) and errors.shape == (16, 2) and before.shape == (8, 2)
+    for row in found[0][2:]:
+        win, lose, cosine = row["grad_norm_win"], row["grad_norm_lose"], row["grad_cosine"]
+        assert (win ** 2 + lose ** 2 + 2 * cosine * win * lose) ** 0.5 == pytest.approx(row["grad_norm"], rel=1e-5) and -1 < cosine < 0
+
+
+def test_a_cache_of_another_seed_or_of_changed_data_is_refused_before_anything_is_loaded(world, with_cache, tmp_path, monkeypatch):
+    monkeypatch.setattr(train, "build_model", lambda *args: pytest.fail("a model was loaded"))
+    shutil.copytree(with_cache[0] / "out", tmp_path / "out")
+    shutil.copytree(world / "data", tmp_path / "data")
+    same = ("--ref", "cached", "--resume", "latest", "--min_timestep", "0")
+    assert "seed = 0, this run has seed = 1" in main_fails(world, tmp_path, *same, "--seed", "1")
+    assert "min_timestep = 0.0, this run has min_timestep = 300.0" in main_fails(world, tmp_path, *same, "--min_timestep", "300")
+    path = tmp_path / "data" / "negatives" / "007.safetensors"
+    tensors = load_file(path)
+    tensors["latents"] += 1e-3                                           # the same names and sizes
+    save_file(tensors, path, metadata=read_sample(world / "data" / "negatives" / path.name)["metadata"])
+    assert "scored with data = " in main_fails(world, tmp_path, *same, "--data", str(tmp_path / "data"))
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# what cannot be
+
+@pytest.mark.parametrize("flags, words", [
+    ("--cp_size 2", ["--cp_size 2", "on 2 ranks", "start a multiple of 2"]),
+    ("--cp_size 0", ["--cp_size 0"]),
+    ("--replicate 2", ["--replicate 2", "1 ranks do not divide into 2 groups"]),
+    ("--branch_norms", ["--branch_norms", "--backward sequential"]),
+    ("--offload_activations", ["--offload_activations", "--checkpointing selective or full"]),
+    ("--loss sft --ref cached", ["--ref cached", "--loss sft has none"]),
+])
+def test_flags_that_do_not_go_together_are_refused_with_the_reason(world, tmp_path, flags, words):
+    message = main_fails(world, tmp_path, *flags.split())
+    assert all(word in message for word in words), message
+    assert not (tmp_path / "out").exists()
+
+
+def refusal(argv):
+    with pytest.raises(ValueError) as error:
+        train_main(argv)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("ranks, flags, words", [
+    (3, "--cp_size 3", ["--cp_size 3", "4 heads", "--model tiny"]),
+    (2, "--cp_size 2 --backward pair", ["--cp_size 2 with --backward pair", "each pair on 4 ranks"]),
+    (3, "--replicate 2", ["3 ranks do not divide into 2 groups"]),
+    (4, "--cp_size 2 --batch_size 3", ["--batch_size 3", "2 data ranks"])])
+def test_ranks_that_do_not_fit_are_refused_on_every_one_of_them(world, tmp_path, ranks, flags, words):
+    for message in on_ranks(ranks, refusal, ["--init", str(world / "base"), "--data", str(world / "data"), "--out", str(tmp_path / "out"), *flags.split()]):
+        assert all(word in message for word in words), message
+    assert not (tmp_path / "out").exists()
