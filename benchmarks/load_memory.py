@@ -89,7 +89,7 @@ def load(rank, world, port, init, saved=""):
     found, models = {}, []
     for part, options in (("policy", {}), ("reference, offloaded", {"offload": True}), ("average", {})):
         with Peak() as peak:
-            models.append(train.build_model(args, config, ranks.mesh, **options))
+            models.append(train.build_model(args, config, ranks, **options))
         found[part] = (peak.anonymous, peak.resident, peak.held)
         if init == "scratch":
             break

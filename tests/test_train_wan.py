@@ -275,7 +275,8 @@ def test_no_rank_holds_more_than_its_share_of_a_checkpoint_while_loading(tmp_pat
     assert len(list(tmp_path.glob("*.safetensors"))) == 5
     for rank in load_memory.on_ranks(POOLS, str(tmp_path)):
         for part, (anonymous, _, held) in rank.items():
-            assert nbytes / 4 < held + 4 * 2**20 and anonymous < nbytes / 4 + 20 * 2**20 < nbytes / 2, (part, anonymous, held, nbytes)
+            assert anonymous < nbytes / 4 + 20 * 2**20 < nbytes / 2, (part, anonymous, held, nbytes)
+            assert held > nbytes / 8, "the share does not show: what else was freed meanwhile?"
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
