@@ -71,4 +71,4 @@ if __name__ == "__main__":
     docs = HERE.parent / "docs"
     (docs / f"{name}.md").write_text(table(runs))
     figure(runs, docs / f"{name}.png")
-    print(table(runs) + f"written to {docs / name}.md and .png")
+    print(table(runs) + f"written to docs/{name}.md and docs/{name}.png")

@@ -21,7 +21,7 @@ SFT, DPO, REGDPO = ["--loss", "sft"], ["--loss", "dpo"], ["--loss", "regdpo"]
 EXPERIMENTS = {
     # what each objective does with the same 512 GT-Pairs, the same steps and the same flags
     "losses": {
-        "sft": SFT, "dpo": DPO, "regdpo": REGDPO, "regdpo_r500": [*REGDPO, "--r", "500"],
+        "sft": SFT, "dpo": DPO, "regdpo": REGDPO, "regdpo_r500": [*REGDPO, "--r", "500"], "regdpo_r_scale_0.2": [*REGDPO, "--r_scale", "0.2"],
         "dpo_cm": ["--loss", "dpo_cm"], "sdpo": ["--loss", "sdpo"], "ipo": ["--loss", "ipo"], "dpop": ["--loss", "dpop"],
         "diffusion_sdpo": ["--loss", "diffusion_sdpo"], "linear_dpo": ["--loss", "linear_dpo"]},
 }
