@@ -98,6 +98,27 @@ def extremes(numbers, device):
     return -tensor[0].item(), tensor[1].item()
 
 
+def spread(make, count, ranks, chunk=64):
+    """
+    Work that hangs on its number only, in shares: make(list of numbers) -> (n, ...), called until every number 0 .. count - 1 was made. Each rank calls it
+    equally often, as a sharded model needs (the first numbers are made twice where they do not divide); ranks that share a video's tokens make the same.
+    Returns (count, ...) on the CPU of every rank.
+    """
+    makers = ranks.world // ranks.cp_size
+    share = -(-count // makers)
+    mine = [(ranks.rank // ranks.cp_size + i * makers) % count for i in range(share)]
+    made = torch.cat([make(mine[start:start + chunk]) for start in range(0, share, chunk)])
+    everyone = [torch.empty_like(made) for _ in range(ranks.world)]
+    dist.all_gather(everyone, made)
+    return torch.stack(everyone[::ranks.cp_size], dim=1).flatten(0, 1)[:count].cpu()               # rank by rank -> number by number
+
+
+def append_row(path, row):
+    """One more line of log.jsonl. Seven digits are more than a curve shows and halve the log."""
+    with open(path, "a") as log:
+        log.write(json.dumps(json.loads(json.dumps(row), parse_float=lambda digits: float(f"{float(digits):.7g}"))) + "\n")
+
+
 def exchange_branches(mine, group):
     """What pair parallelism sends: mine (B,) on either rank of a pair -> (2, B), the winner's first. No gradient flows through it."""
     both = [torch.empty_like(mine), torch.empty_like(mine)]

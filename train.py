@@ -23,9 +23,9 @@ from tqdm import tqdm
 import losses
 import toy
 from data import check_samples, collate, contact_sheet, draw, fingerprint, open_data, order, randomness, write_sample, write_whole
-from fsdp_utils import (ContextParallel, add_branches, checkpoint_blocks, clip_gradients, ema_update, exchange_branches, extremes, find_checkpoint,
-                        load_checkpoint, load_weights, memory_gib, memory_plan, open_errors, save_checkpoint, score_reference, shard_model, start_ranks,
-                        stored_weights, swap_gradients, total)
+from fsdp_utils import (ContextParallel, add_branches, append_row, checkpoint_blocks, clip_gradients, ema_update, exchange_branches, extremes, find_checkpoint,
+                        load_checkpoint, load_weights, memory_gib, memory_plan, open_errors, save_checkpoint, score_reference, shard_model, spread,
+                        start_ranks, stored_weights, swap_gradients, total)
 from losses import add_noise, flow_error, importance_weight, next_sigma, safeguard_coefficient, velocity_target
 from model import CONFIGS, WanConfig, WanModel, hold_first_frame, load_wan, open_wan, save_wan
 from sample import DEFAULTS, generate, make_negatives, seed_of, weights_digest
@@ -429,21 +429,11 @@ def make_world(args, config, ranks):
 
 
 def sample_held_out(args, model, captions, ranks):
-    """Clips of these captions, the same seeds whatever the model. Every rank makes its share. Returns videos (N, 3, 8, 32, 32) on the CPU of every rank."""
-    samplers = ranks.world // ranks.cp_size                                   # the ranks that share a video's tokens sample it together
-    share = -(-len(captions) // samplers)                                     # a sharded model needs equally many forwards on every rank
-    mine = [(ranks.rank // ranks.cp_size + i * samplers) % len(captions) for i in range(share)]
-    latents = []
-    for start in range(0, share, 64):
-        part = mine[start:start + 64]
-        latents.append(generate(model, [toy.encode_text(captions[i]) for i in part], [seed_of("held out", i) for i in part],
-                                (toy.CHANNELS, toy.FRAMES, toy.SIDE // toy.BLOCK, toy.SIDE // toy.BLOCK), args.sample_steps, args.flow_shift, args.guidance,
-                                device=ranks.device))
-    latents = torch.cat(latents)
-    everyone = [torch.empty_like(latents) for _ in range(ranks.world)]
-    dist.all_gather(everyone, latents)
-    latents = torch.stack(everyone[::ranks.cp_size], dim=1).flatten(0, 1)[:len(captions)]    # rank by rank -> the order of the captions
-    return toy.decode_pixels(latents.cpu()).clamp(-1, 1)
+    """Latents (N, 12, 8, 8, 8) of clips of these captions, the same seeds whatever the model, on the CPU of every rank."""
+    shape = (toy.CHANNELS, toy.FRAMES, toy.SIDE // toy.BLOCK, toy.SIDE // toy.BLOCK)
+    make = lambda part: generate(model, [toy.encode_text(captions[i]) for i in part], [seed_of("held out", i) for i in part], shape,
+                                 args.sample_steps, args.flow_shift, args.guidance, device=ranks.device)
+    return spread(make, len(captions), ranks)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -536,7 +526,7 @@ def main(args):
         yardstick = toy.decode_pixels(toy.encode_pixels(toy.make_clips(512, seed=2)[1]))         # real clips, as the codec shows them
 
     def evaluate(title, model):
-        videos = sample_held_out(args, model, captions, ranks)
+        videos = toy.decode_pixels(sample_held_out(args, model, captions, ranks)).clamp(-1, 1)
         if ranks.rank == 0:
             marks[title] = toy.score(videos, captions, yardstick)
             print(f"{title}: " + ", ".join(f"{name} {value:.3f}" for name, value in marks[title].items()), flush=True)
@@ -607,9 +597,7 @@ def main(args):
         row["memory_gib"] = memory_gib(ranks.device)
         row["tokens_per_second"] = args.batch_size * tokens * (2 if needs_pairs else 1) / row["seconds"]
         if ranks.rank == 0:
-            exact = json.dumps({name: value for name, value in row.items() if name != "pairs"})
-            with open(log_path, "a") as log:                                  # six digits are more than a curve shows and halve the log
-                log.write(json.dumps(json.loads(exact, parse_float=lambda digits: float(f"{float(digits):.7g}"))) + "\n")
+            append_row(log_path, {name: value for name, value in row.items() if name != "pairs"})
             if step % args.log_every == 0 or step == args.steps - 1:
                 shown = [name for name in ("loss", "accuracy", "margin", "win_gap", "lose_gap", "dgr", "err_win", "kept", "grad_norm", "seconds") if name in row]
                 print(f"step {step:>5}  " + "  ".join(f"{name} {row[name]:.4g}" for name in shown), flush=True)
