@@ -133,13 +133,13 @@ def memory_gib(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2 ** 30
 
 
-def memory_plan(args, config, parameters, tokens, videos, needs_pairs, ranks):
-    """What each rank will hold, as a line of text. videos: how many have their graph alive at once."""
+def memory_plan(args, config, parameters, tokens, videos, needs_ref, ranks, learning=1.0):
+    """What each rank will hold, as a line of text. videos: how many have their graph alive at once; learning: the share of parameters that are not frozen."""
     shard = 4 * parameters / ranks.mesh.shape[-1] / 2 ** 30                    # float32
     cpu = " (CPU)" if args.offload_params else ""
     where = {"live": "", "offload": " (CPU)", "cached": " while it is scored, then 0"}[args.ref]
-    parts = [f"weights {shard:.3f}{cpu}", f"gradients {(1 + args.branch_norms) * shard:.3f}{cpu}", f"AdamW {2 * shard:.3f}{cpu}"]
-    parts += [f"reference {shard:.3f}{where}"] if needs_pairs else []
+    parts = [f"weights {shard:.3f}{cpu}", f"gradients {(1 + args.branch_norms) * learning * shard:.3f}{cpu}", f"AdamW {2 * learning * shard:.3f}{cpu}"]
+    parts += [f"reference {shard:.3f}{where}"] if needs_ref else []
     parts += [f"ema {shard:.3f}{cpu}"] if args.ema_decay else []
     if args.checkpointing != "off":                                            # the residual stream in float32, two attention outputs in the matrices' dtype
         per_value = 4 + (2 * (2 if ranks.device.type == "cuda" else 4) if args.checkpointing == "selective" else 0)
