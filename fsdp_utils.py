@@ -98,6 +98,27 @@ def extremes(numbers, device):
     return -tensor[0].item(), tensor[1].item()
 
 
+def spread(make, count, ranks, chunk=64):
+    """
+    Work that hangs on its number only, in shares: make(list of numbers) -> (n, ...), called until every number 0 .. count - 1 was made. Each rank calls it
+    equally often, as a sharded model needs (the first numbers are made twice where they do not divide); ranks that share a video's tokens make the same.
+    Returns (count, ...) on the CPU of every rank.
+    """
+    makers = ranks.world // ranks.cp_size
+    share = -(-count // makers)
+    mine = [(ranks.rank // ranks.cp_size + i * makers) % count for i in range(share)]
+    made = torch.cat([make(mine[start:start + chunk]) for start in range(0, share, chunk)])
+    everyone = [torch.empty_like(made) for _ in range(ranks.world)]
+    dist.all_gather(everyone, made)
+    return torch.stack(everyone[::ranks.cp_size], dim=1).flatten(0, 1)[:count].cpu()               # rank by rank -> number by number
+
+
+def append_row(path, row):
+    """One more line of log.jsonl. Seven digits are more than a curve shows and halve the log."""
+    with open(path, "a") as log:
+        log.write(json.dumps(json.loads(json.dumps(row), parse_float=lambda digits: float(f"{float(digits):.7g}"))) + "\n")
+
+
 def exchange_branches(mine, group):
     """What pair parallelism sends: mine (B,) on either rank of a pair -> (2, B), the winner's first. No gradient flows through it."""
     both = [torch.empty_like(mine), torch.empty_like(mine)]
@@ -112,13 +133,13 @@ def memory_gib(device):
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2 ** 30
 
 
-def memory_plan(args, config, parameters, tokens, videos, needs_pairs, ranks):
-    """What each rank will hold, as a line of text. videos: how many have their graph alive at once."""
+def memory_plan(args, config, parameters, tokens, videos, needs_ref, ranks, learning=1.0):
+    """What each rank will hold, as a line of text. videos: how many have their graph alive at once; learning: the share of parameters that are not frozen."""
     shard = 4 * parameters / ranks.mesh.shape[-1] / 2 ** 30                    # float32
     cpu = " (CPU)" if args.offload_params else ""
     where = {"live": "", "offload": " (CPU)", "cached": " while it is scored, then 0"}[args.ref]
-    parts = [f"weights {shard:.3f}{cpu}", f"gradients {(1 + args.branch_norms) * shard:.3f}{cpu}", f"AdamW {2 * shard:.3f}{cpu}"]
-    parts += [f"reference {shard:.3f}{where}"] if needs_pairs else []
+    parts = [f"weights {shard:.3f}{cpu}", f"gradients {(1 + args.branch_norms) * learning * shard:.3f}{cpu}", f"AdamW {2 * learning * shard:.3f}{cpu}"]
+    parts += [f"reference {shard:.3f}{where}"] if needs_ref else []
     parts += [f"ema {shard:.3f}{cpu}"] if args.ema_decay else []
     if args.checkpointing != "off":                                            # the residual stream in float32, two attention outputs in the matrices' dtype
         per_value = 4 + (2 * (2 if ranks.device.type == "cuda" else 4) if args.checkpointing == "selective" else 0)

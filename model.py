@@ -41,6 +41,7 @@ class WanConfig:
     eps: float = 1e-6
     image_dim: int = 0                # width of the CLIP features; 0: the model has no image branch
     image_pos_len: int = 0            # tokens of first and last image together, which get a position embedding (FLF2V)
+    scores: bool = False              # a preference model: one score a video instead of a velocity; the same blocks, another head
 
     @property
     def model_type(self):             # the official word, which follows from the rest
@@ -237,6 +238,20 @@ class Head(nn.Module):
         return self.head(self.norm(x, shift, scale, x.dtype))
 
 
+class ScoreHead(nn.Module):
+    """In Head's place, how much a noisy video is preferred: what every token says to it, (B, L, 1) float32. The score is the mean, on a logit scale."""
+    def __init__(self, config):
+        super().__init__()
+        self.taps = sorted({math.ceil(config.num_layers * quarter / 4) - 1 for quarter in (1, 2, 3, 4)})        # blocks: the last of each quarter
+        self.hidden = nn.ModuleList(Linear32(config.dim, 256) for _ in self.taps)
+        self.head = nn.Parameter(torch.zeros(256, 1))                    # 0: training starts at log 2; no bias, which a difference of scores would not see
+
+    def forward(self, tokens, time_emb, time_index):
+        """tokens: a list, (B,L,D) after each block of taps. They know their sigma and caption from the blocks."""
+        hidden = sum(layer(F.layer_norm(x, x.shape[-1:])) for layer, x in zip(self.hidden, tokens))     # (B, L, 256); normalised, as residuals grow
+        return F.gelu(hidden) @ self.head.to(hidden.dtype)
+
+
 class ImageEmbedding(nn.Module):
     def __init__(self, config):
         super().__init__()
@@ -267,7 +282,7 @@ class WanModel(nn.Module):
         if config.image_dim:
             self.img_emb = ImageEmbedding(config)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.num_layers))
-        self.head = Head(config)
+        self.head = ScoreHead(config) if config.scores else Head(config)
         self.context_parallel = None                                     # fsdp_utils.ContextParallel, where ranks share the tokens of a video
         self.init_weights()
 
@@ -281,7 +296,7 @@ class WanModel(nn.Module):
         std = 0.02 if self.config.dim >= 1024 else self.config.dim ** -0.5                   # 0.02 starves a narrow model of text and time
         for layer in (self.text_embedding[0], self.text_embedding[2], self.time_embedding[0], self.time_embedding[2]):
             nn.init.normal_(layer.weight, std=std)
-        nn.init.zeros_(self.head.head.weight)
+        nn.init.zeros_(self.head.head if self.config.scores else self.head.head.weight)
 
     def check_inputs(self, x, timestep, context, y, clip_features):
         config, batch = self.config, len(x)
@@ -301,9 +316,8 @@ class WanModel(nn.Module):
 
     def trunk(self, x, timestep, context, y=None, clip_features=None):
         """
-        Everything before the head (another head on the same features, such as a preference score, starts from here).
-        Returns tokens (B,L,D), time_emb (U,D), time_index (B,1) or (B,L), the row of time_emb that each token has. Under context parallelism L is
-        this rank's share of the tokens.
+        Everything before the head. Returns tokens (B,L,D), of a preference model a list of them, time_emb (U,D), time_index (B,1) or (B,L), the row of
+        time_emb that each token has. Under context parallelism L is this rank's share of the tokens.
         """
         self.check_inputs(x, timestep, context, y, clip_features)
         dtype = self.patch_embedding.weight.dtype                        # of the matrices
@@ -327,9 +341,11 @@ class WanModel(nn.Module):
         if clip_features is not None:
             context = torch.cat([self.img_emb(clip_features.to(dtype)), context], dim=1)
 
-        for block in self.blocks:
+        tapped = []
+        for i, block in enumerate(self.blocks):
             x = block(x, context, time_mod, time_index, cos, sin)
-        return x, time_emb, time_index
+            tapped += [x] if self.config.scores and i in self.head.taps else []
+        return tapped or x, time_emb, time_index
 
     def forward(self, x, timestep, context, y=None, clip_features=None):
         """
@@ -338,12 +354,14 @@ class WanModel(nn.Module):
         context       (B, T, text_dim)         text embeddings, T <= text_len; the rest is filled with zeros, which the model does attend
         y             (B, in_dim - C, F, H, W) image condition, mask channels first (i2v, flf2v)
         clip_features (B, 257, image_dim)      of the image (Wan2.1 i2v); first and last image in a row, (B, 514, image_dim), for flf2v
-        Returns the velocity noise - latents (B, C, F, H, W), float32.
+        Returns the velocity noise - latents (B, C, F, H, W), float32; of a preference model (config.scores) the scores (B,).
         """
         tokens, time_emb, time_index = self.trunk(x, timestep, context, y, clip_features)
         tokens = self.head(tokens, time_emb, time_index)                 # (B, L, pf*ph*pw*C)
         if self.context_parallel is not None:
             tokens = self.context_parallel.join(tokens)                  # of all ranks: small beside one hidden state
+        if self.config.scores:
+            return tokens.mean(dim=(1, 2))
         (f, h, w), (pf, ph, pw) = x.shape[2:], self.config.patch_size
         return rearrange(tokens, "b (f h w) (pf ph pw c) -> b c (f pf) (h ph) (w pw)",            # channels are innermost
                          f=f // pf, h=h // ph, w=w // pw, pf=pf, ph=ph, pw=pw)
@@ -539,7 +557,7 @@ def public_config(config, format):
     if format == "original":                                             # knows the image branch by model_type
         settings = {"_class_name": "WanModel", "model_type": config.model_type} | asdict(config)
         del settings["image_dim"], settings["image_pos_len"]
-        return settings
+        return settings if config.scores else {name: value for name, value in settings.items() if name != "scores"}
     settings = {"_class_name": "WanTransformer3DModel"} | {theirs: getattr(config, ours) for ours, theirs in DIFFUSERS_FIELDS.items()}
     if config.text_len == 512:
         del settings["text_len"]                                         # diffusers does not know it and warns
@@ -576,8 +594,8 @@ def save_wan(model, path, format="original", config=None, dtype=None, max_shard_
     """
     path, config, state = Path(path), config or model.config, model.state_dict() if isinstance(model, nn.Module) else model
     renamed = {"original": lambda name: name, "comfyui": lambda name: COMFYUI_PREFIX + name, "diffusers": lambda name: rename(name, DIFFUSERS_NAMES)}
-    if format not in renamed:
-        raise ValueError(f"format is {format!r}, expected one of {', '.join(renamed)}")
+    if format not in renamed or config.scores and format == "diffusers":
+        raise ValueError(f"format is {format!r}, expected one of {', '.join(renamed)} (diffusers has no preference model)")
     if path.is_dir() if format == "comfyui" else path.is_file() or path.suffix == ".safetensors":
         raise ValueError(f"{path}: {format} weights are a {'single file, and this is a folder' if format == 'comfyui' else 'folder, and this is a file'}")
     check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, config, lambda name: f"{path} (nothing was written)")

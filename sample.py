@@ -104,6 +104,60 @@ SOLVERS = {"euler": euler, "unipc": unipc}
 
 
 # ------------------------------------------------------------------------------------------------------------------
+# stochastic steps, whose densities SPO compares
+
+KERNELS = {"ddim": 1.0, "flow_grpo": 0.7, "dance": 0.3}                       # and the amount of noise, eta, that each was published with
+
+
+def step_coefficients(sigma, sigma_next, kernel, eta):
+    """
+    One stochastic step of a rectified flow is a Gaussian whose mean is linear in the velocity, x_next ~ N(a * x + b * v, std^2). With t = sigma and
+    s = sigma_next < t:
+
+        ddim       std = eta * s * sqrt(t^2 - ((1-t) s / (1-s))^2) / t,   q = sqrt(s^2 - std^2),   a = 1 - s + q,   b = q (1-t) - (1-s) t
+        flow_grpo  the SDE dx = [v + g^2 / (2t) (x + (1-t) v)] dt + g dw in one Euler step, g = eta * sqrt(t / (1-t)); at t = 1, where that is infinite,
+                   the root takes s for the t under the line, as its authors do (Flow-GRPO, arXiv 2505.05470)
+        dance      the same SDE with g = eta (DanceGRPO, arXiv 2505.07818)
+
+    ddim with eta 1 draws from the posterior q(x_next | x, latents = x - t v), with eta 0 it is the Euler step; where all latents are one point it keeps
+    the variance s^2 at any step size. The Euler steps of the SDEs do not: 20 steps, shift 3, the last but one leaves 1.53 (flow_grpo) or 1.27 (dance) of it.
+    Floats in, floats out. ValueError: not 0 <= s < t <= 1, eta < 0, or above 1 with ddim.
+    """
+    if not 0 <= sigma_next < sigma <= 1:
+        raise ValueError(f"a step from sigma {sigma} to {sigma_next}: expected 0 <= sigma_next < sigma <= 1")
+    if kernel not in KERNELS:
+        raise ValueError(f"kernel {kernel!r}: expected one of {', '.join(KERNELS)}")
+    if not 0 <= eta or (kernel == "ddim" and eta > 1):
+        raise ValueError(f"eta is {eta}: expected 0 or more, and at most 1 with ddim (the posterior has no more noise to give)")
+    t, s = sigma, sigma_next
+    if kernel == "ddim":
+        alpha = (1 - t) / (1 - s)
+        std = eta * s / t * math.sqrt((t - s) / (1 - s) * (t + alpha * s))        # (t - s) / (1 - s) is t - alpha s without the cancellation
+        q = math.sqrt(max(s * s - std * std, 0.0))
+        return 1 - s + q, q * (1 - t) - (1 - s) * t, std
+    g2 = eta ** 2 * (t / (1 - (s if t == 1 else t)) if kernel == "flow_grpo" else 1)
+    return 1 - g2 / (2 * t) * (t - s), -(1 + g2 * (1 - t) / (2 * t)) * (t - s), math.sqrt(g2 * (t - s))
+
+
+def step_distribution(x, v, sigma, sigma_next, kernel, eta):
+    """Where a stochastic step from x (B, ...) with velocity v (B, ...) leads: mean (B, ...) and std, a float (0 for ddim at sigma_next 0)."""
+    a, b, std = step_coefficients(sigma, sigma_next, kernel, eta)
+    return a * x + b * v, std
+
+
+def log_density(x_next, mean, std):
+    """
+    log N(x_next; mean, std^2) of every video, *mean* over its elements: (B, ...), (B, ...), float -> (B,). In float64, since what is used is the
+    difference between two models', 1e-5 or less. A sum over a video's millions of elements would let no ratio of two densities be between 0.9 and 1.1.
+    ValueError where std is 0: a deterministic step has no density.
+    """
+    if not std > 0:
+        raise ValueError(f"std is {std}: a deterministic step (eta 0, or ddim's last one, to sigma 0) has no density")
+    z = (x_next.double() - mean.double()) / std
+    return -0.5 * z.square().flatten(1).mean(1) - math.log(std) - 0.5 * math.log(2 * math.pi)
+
+
+# ------------------------------------------------------------------------------------------------------------------
 # generation
 
 def seed_of(*parts):
