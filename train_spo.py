@@ -49,8 +49,8 @@ def parse_args(argv):
     p.add_argument("--guidance", type=float, default=1.0, help="classifier-free guidance of the roll-out and, the same, of what is trained; 1 is none")
     p.add_argument("--unbranched", type=float, default=0.2, help="share of the steps, the noisiest, that have no pool")
     p.add_argument("--pool", type=int, default=4, help="candidates drawn from one parent")
-    p.add_argument("--threshold", type=float, nargs="+", default=[0.3], metavar="X",
-                   help="pairs have tanh((best score - worst score) / 2) above it; two numbers: at sigma 0 and 1, linear between")
+    p.add_argument("--threshold", type=float, nargs="+", default=[0.1], metavar="X",
+                   help="pairs have tanh((best score - worst score) / 2) above it (0.3 and 0.4 in SPO); two numbers: at sigma 0 and 1, linear between")
     # the objective
     p.add_argument("--beta", type=float, default=500.0, help="multiplies a mean log-ratio (10 in SPO, 500 in LPO)")
     p.add_argument("--clip", type=float, default=0.1, help="density ratios to the reference are clamped to [1 - clip, 1 + clip]")
@@ -60,7 +60,7 @@ def parse_args(argv):
     p.add_argument("--batch_size", type=int, default=16, help="captions a roll-out, over all ranks and accumulation steps together")
     p.add_argument("--updates", type=int, default=4, help="optimizer steps a roll-out")
     p.add_argument("--grad_accum", type=int, default=1, help="parts a rank's captions are rolled out and back-propagated in")
-    p.add_argument("--learning_rate", type=float, default=2e-4, help="for the tiny model; Wan is trained at 1e-6 to 1e-5")
+    p.add_argument("--learning_rate", type=float, default=3e-4, help="for the tiny model; Wan is trained at 1e-6 to 1e-5")
     p.add_argument("--weight_decay", type=float, default=1e-3)
     p.add_argument("--warmup_steps", type=int, default=10, help="in optimizer steps")
     p.add_argument("--max_grad_norm", type=float, default=1.0, help="of the gradient of loss / beta")
@@ -110,12 +110,11 @@ def check_args(args, ranks):
     log = args.out / "log.jsonl"
     if log.exists() and log.stat().st_size and not args.resume:
         raise ValueError(f"{args.out} already holds a run; go on with it (--resume latest), or choose another --out")
-    for flag in ("init", "score"):
-        path = getattr(args, flag)
-        if not (flag == "score" and path == "toy") and not Path(path).exists():
+    for flag, path in (("init", args.init), ("score", args.score)):
+        if path != "toy" and not Path(path).exists():
             if not (HERE / path).exists():
                 raise ValueError(f"--{flag} {path}: no such file or folder")
-            setattr(args, flag, str(HERE / path))
+            setattr(args, flag, str(HERE / path))                             # toy_base, from any folder
 
 
 def check_score(path, found, config):
@@ -214,9 +213,9 @@ def roll_out(args, model, score, batch, positions, seed, shape, branch_from):
         if step >= branch_from:
             began = time.perf_counter()
             scores = torch.stack([score(member, sigma_next, batch) for member in members], dim=1).float()              # (B, k)
+            seconds += time.perf_counter() - began
             if not scores.isfinite().all():
                 raise ValueError(f"the score gave values that are not finite at sigma {sigma_next:.3f}; look at --score {args.score}")
-            seconds += time.perf_counter() - began
             best, worst = scores.max(dim=1), scores.min(dim=1)
             kept = torch.tanh((best.values - worst.values) / 2) > threshold_at(args.threshold, sigma_next)
             transitions.append({"sigma": sigma, "sigma_next": sigma_next, "x": x, "win": members[best.indices, rows], "lose": members[worst.indices, rows],
@@ -274,8 +273,7 @@ def summarise(sums, counts, captions):
     row = {name: value / sums["pairs"] for name, value in sums.items() if "/" not in name and name != "pairs"}    # none where no pair was kept
     over_steps = lambda name, per: [sums[f"{name}/{i}"] / n if n else None for i, n in enumerate(per)]
     by_step = {name: over_steps(name, [captions] * len(counts)) for name in ("score", "gap", "kept")}
-    trained = [n if f"margin/{i}" in sums else 0 for i, n in enumerate(counts)]
-    by_step |= {name: over_steps(name, trained) for name in ("margin", "accuracy")}
+    by_step |= {name: over_steps(name, counts) for name in ("margin", "accuracy")}
     means = {name: sum(by_step[name]) / len(counts) for name in ("score", "gap", "kept")}
     return {"score_end": by_step["score"][-1], **means, "pairs": sum(counts), **row, "by_step": by_step}
 
@@ -333,8 +331,8 @@ def main(args):
     log_path = args.out / "log.jsonl"
     if ranks.rank == 0:
         args.out.mkdir(parents=True, exist_ok=True)
-        flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items()}
-        write_whole(args.out / "config.json", json.dumps(flags | {"ranks": ranks.world, "torch": torch.__version__}, indent=1).encode())
+        flags = vars(args) | {"out": str(args.out), "ranks": ranks.world, "torch": torch.__version__}
+        write_whole(args.out / "config.json", json.dumps(flags, indent=1).encode())
         lines = log_path.read_text().splitlines(keepends=True) if log_path.exists() else []
         write_whole(log_path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] < start).encode())
     dist.barrier()
@@ -344,12 +342,11 @@ def main(args):
     parameters = sum(p.numel() for p in policy.parameters())
     gib = parameters * 4 / ranks.world / 2 ** 30
     talk(f"{args.init}: {parameters:,} parameters, {ranks.world} rank{'s' * (ranks.world > 1)} on {ranks.device.type}, torch {torch.__version__}")
-    talk(f"memory per rank: weights {gib:.3f} GiB, gradients {gib:.3f}, AdamW {2 * gib:.3f}, reference {gib:.3f}{' (CPU)' if offload else ''}, ema "
-         f"{gib if ema is not None else 0:.3f}, preference model {gib if args.score != 'toy' else 0:.3f}, transitions "
-         f"{3 * branched * share * args.grad_accum * math.prod(shape) * 4 / 2 ** 30:.3f}; activations on top")
+    talk(f"memory per rank: weights, gradients and AdamW {4 * gib:.3f} GiB, reference {gib:.3f}{' (CPU)' if offload else ''}, ema {gib if ema is not None else 0:.3f}, "
+         f"transitions {3 * branched * share * args.grad_accum * math.prod(shape) * 4 / 2 ** 30:.3f}; the preference model and activations on top")
     talk(f"a step: {args.batch_size} of {len(prompts):,} captions = {ranks.data_ranks} data ranks x {args.grad_accum} accumulation x {share}, latents {shape}; {args.sample_steps} sampler "
-         f"steps ({args.kernel}, eta {args.eta:g}), the last but one to {args.branch_from + 1} with pools of {args.pool}; {args.updates} updates; steps {start} to {args.steps}; "
-         f"log in {log_path}")
+         f"steps ({args.kernel}, eta {args.eta:g}), {args.branch_from + 1} to {args.sample_steps - 1} of them with pools of {args.pool}; {args.updates} updates; "
+         f"steps {start} to {args.steps}; log in {log_path}")
 
     marks, sheets = {}, []
     if toy_world and args.eval_clips:
@@ -359,17 +356,17 @@ def main(args):
         sheets = [held_out]
 
     def evaluate(title, model):
-        """Marks of the clips that two samplers make of held-out captions, Euler (as sample.py does) and the one of the roll-outs; the same noise every time."""
+        """Marks of what two samplers make of held-out captions: that of the roll-outs, and Euler, as in train.py. The same noise whatever the model."""
         def stochastic(part):
             batch = collate([{"context": toy.encode_text(captions[i]), "name": captions[i]} for i in part])
             batch["context"] = batch["context"].to(ranks.device)
             return roll_out(args, model, score, batch, part, "held out", TOY_SHAPE, branch_from=args.sample_steps)[0]
         euler = lambda part: generate(model, [toy.encode_text(captions[i]) for i in part], [seed_of("held out", i) for i in part], TOY_SHAPE, args.sample_steps,
                                       args.flow_shift, args.guidance, device=ranks.device)
-        for sampler, make in ((f"{args.kernel} {args.eta:g}", stochastic), ("euler", euler)):
+        for row, make in ((f"{title}, {args.kernel} {args.eta:g}", stochastic), (title, euler)):
             videos = toy.decode_pixels(spread(make, len(captions), ranks)).clamp(-1, 1)
-            marks[f"{title}, {sampler}"] = toy.score(videos, captions, yardstick)
-            talk(f"{title}, {sampler}: " + ", ".join(f"{name} {value:.3f}" for name, value in marks[f"{title}, {sampler}"].items()), flush=True)
+            marks[row] = toy.score(videos, captions, yardstick)
+            talk(f"{row}: " + ", ".join(f"{name} {value:.3f}" for name, value in marks[row].items()), flush=True)
         return videos
 
     if sheets:
@@ -391,8 +388,7 @@ def main(args):
         rolling = time.perf_counter() - began
         counts = [round(n) for n in over_ranks([sums[f"kept/{i}"] for i in range(branched)])]        # pairs of each step, over all ranks
 
-        norms = []
-        steps_in_order = torch.randperm(branched, generator=randomness(args.seed, step, "updates")).tolist()
+        norms, steps_in_order = [], torch.randperm(branched, generator=randomness(args.seed, step, "updates")).tolist()
         for update in range(args.updates):
             mine = [i for i in steps_in_order[update::args.updates] if counts[i]]
             pairs = sum(counts[i] for i in mine)
@@ -442,7 +438,7 @@ def main(args):
             contact_sheet(args.out / "samples" / "after.png", [clips[i] for i in range(8) for clips in sheets], upscale=3, group=len(sheets))
             write_whole(args.out / "samples" / "marks.json", json.dumps(marks, indent=1).encode())
             toy.print_table(marks | {"real clips": toy.score(held_out, captions, yardstick)})
-            print(f"picture (per held-out caption: real, before, after; euler) in {args.out / 'samples' / 'after.png'}")
+            print(f"picture (per held-out caption: real, before, after, by Euler) in {args.out / 'samples' / 'after.png'}")
     dist.barrier()
     dist.destroy_process_group()
 

@@ -197,8 +197,10 @@ def test_candidates_are_draws_of_the_step_and_the_next_parent_is_one_of_them(tmp
     def score(x, sigma, batch):
         seen.append(x)
         return x.flatten(1).sum(1)
-    _, transitions, _ = rolled(args, range(900), score, branch_from=1, model=Gaussian())
-    assert len(seen) == 3 * 3 and len(transitions) == 3                        # steps 1, 2, 3 of 0 .. 4: the first is unbranched, the last has no noise
+    model = Gaussian()
+    _, transitions, _ = rolled(args, range(900), score, branch_from=1, model=model)
+    assert model.forwards == 5 and len(seen) == 3 * 3                          # a pool costs its scores, and the policy nothing
+    assert len(transitions) == 3                        # steps 1, 2, 3 of 0 .. 4: the first is unbranched, the last has no noise
     assert [t["sigma_next"] > 0 for t in transitions] == [True] * 3
     for i, transition in enumerate(transitions):
         members = torch.stack(seen[3 * i:3 * i + 3], dim=1)                    # (P, 3, 1, 1, 1, 1)
