@@ -363,6 +363,7 @@ def test_a_cached_reference_gives_the_same_run_to_the_last_bit(with_average, wit
         assert [row["ref_err_win"], row["ref_err_lose"]] == pytest.approx(of_step.mean(0).tolist(), rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_run_cut_in_every_way_at_once_and_resumed_in_another_is_the_same_run(world, with_average, tmp_path):
     flags = (*SMALL, "--ref", "cached")
     run(world, tmp_path / "out", *flags, "--steps", "2", "--replicate", "2", "--cp_size", "2", "--offload_params", "--checkpointing", "full", "--offload_activations", ranks=4)

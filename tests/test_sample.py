@@ -258,6 +258,7 @@ def test_what_is_there_is_kept_and_other_settings_are_refused(base, pairs):
         sample.make_negatives(base[1], "another model", pairs, steps=2)
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_stopped_and_leaves_no_half_file(base, pairs):
     command = [sys.executable, str(ROOT / "sample.py"), "--init", str(base[0]), "--pairs", str(pairs), "--steps", "20", "--batch_size", "1"]
     env = os.environ | {"OMP_NUM_THREADS": "1", "WORLD_SIZE": "1", "RANK": "0"}

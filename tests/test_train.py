@@ -103,13 +103,13 @@ def test_the_curve_moves_and_starts_at_log_2(one_rank):
 
 
 @pytest.mark.parametrize("ranks, flags", [
-    (2, ()), (4, ()), (1, ("--grad_accum", "2")), (2, ("--grad_accum", "4")), (1, ("--backward", "sequential")), (2, ("--backward", "pair")),
-    (4, ("--backward", "pair", "--grad_accum", "2")), (1, ("--checkpointing", "full")), (2, ("--checkpointing", "selective")), (2, ("--ref", "offload"))])
+    (2, ()), pytest.param(4, (), marks=pytest.mark.slow), (1, ("--grad_accum", "2")), pytest.param(2, ("--grad_accum", "4"), marks=pytest.mark.slow),
+    (1, ("--backward", "sequential")), (2, ("--backward", "pair")), pytest.param(4, ("--backward", "pair", "--grad_accum", "2"), marks=pytest.mark.slow), (1, ("--checkpointing", "full")), (2, ("--checkpointing", "selective")), (2, ("--ref", "offload"))])
 def test_one_curve_however_it_is_cut(world, one_rank, tmp_path, ranks, flags):
     same_run(run(world, tmp_path / "out", *flags, ranks=ranks), one_rank)
 
 
-@pytest.mark.parametrize("before, after", [(1, 1), (1, 2), (4, 1)])
+@pytest.mark.parametrize("before, after", [(1, 1), (1, 2), pytest.param(4, 1, marks=pytest.mark.slow)])
 def test_a_run_that_stops_and_resumes_on_another_number_of_ranks_is_the_same_run(world, one_rank, tmp_path, before, after):
     run(world, tmp_path / "out", "--steps", "3", ranks=before)
     resumed = run(world, tmp_path / "out", "--resume", "latest", ranks=after)
@@ -131,6 +131,7 @@ def test_resuming_from_an_older_step_rewrites_the_log_from_there(world, one_rank
     same_run(run(world, tmp_path / "out", "--resume", "latest"), one_rank)
 
 
+@pytest.mark.slow
 def test_sft_with_ema_and_dropped_captions_is_one_curve_too(world, tmp_path):
     flags = ("--loss", "sft", "--ema_decay", "0.9", "--caption_dropout", "0.3", "--decay_steps", "3")
     alone = run(world, tmp_path / "a", *flags)
@@ -172,6 +173,7 @@ def test_branch_by_branch_gradients_equal_those_of_the_loss_written_down_plainly
             assert (got - want).norm() <= 1e-9 * want.norm() + 1e-13, how
 
 
+@pytest.mark.slow
 def test_dpo_cm_divides_by_the_pairs_it_keeps_over_all_ranks(world, tmp_path):
     flags = ("--loss", "dpo_cm", "--threshold", "0.93", "--max_grad_norm", "1e9")
     alone = run(world, tmp_path / "a", *flags)

@@ -116,6 +116,7 @@ def test_gradients_with_image_conditions_equal_those_of_the_loss_written_down_pl
 
 
 @pytest.mark.parametrize("name, loss", [("i2v", "regdpo"), ("ti2v", "dpo")])
+@pytest.mark.slow
 def test_pair_parallel_image_to_video_is_the_curve_of_one_rank(worlds, name, loss, tmp_path):
     flags = ("--loss", loss, "--steps", "3", "--batch_size", "4", "--learning_rate", "2e-3")
     alone = run(worlds[name], tmp_path / "a", *flags)
@@ -269,6 +270,7 @@ def test_samples_of_another_variant_are_refused_before_training(world, worlds, t
 # ---------------------------------------------------------------------------------------------------------------------------------
 # large checkpoints
 
+@pytest.mark.slow
 def test_no_rank_holds_more_than_its_share_of_a_checkpoint_while_loading(tmp_path):
     """As benchmarks/load_memory.py, smaller: 114 MiB on 4 ranks; policy, reference and average."""
     nbytes = load_memory.write_checkpoint(load_memory.config_of(0.1), tmp_path, 30 * 2**20)
