@@ -18,17 +18,17 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from tqdm import tqdm
 
 import losses
 import toy
-from data import check_samples, collate, contact_sheet, draw, fingerprint, open_data, order, randomness, write_sample, write_whole
+from data import check_samples, collate, draw, fingerprint, open_data, order, randomness, write_whole
 from fsdp_utils import (ContextParallel, add_branches, append_row, checkpoint_blocks, clip_gradients, ema_update, exchange_branches, extremes, find_checkpoint,
                         load_checkpoint, load_weights, memory_gib, memory_plan, open_errors, save_checkpoint, score_reference, shard_model, spread,
                         start_ranks, stored_weights, swap_gradients, total)
 from losses import add_noise, flow_error, importance_weight, next_sigma, safeguard_coefficient, velocity_target
-from model import CONFIGS, ScoreHead, WanConfig, WanModel, hold_first_frame, load_wan, open_wan, save_wan
-from sample import DEFAULTS, generate, make_negatives, seed_of, weights_digest
+from model import CONFIGS, ScoreHead, WanConfig, WanModel, hold_first_frame, open_wan, save_wan
+from sample import DEFAULTS, seed_of, weights_digest
+from world import HeldOut, make_world, of_the_world, sample_held_out
 
 HERE = Path(__file__).resolve().parent
 BOUNDARIES = {f"wan2.2-{kind}-a14b": 1000 * DEFAULTS[f"{kind} a14b"]["boundary"] for kind in ("t2v", "i2v")}    # timesteps from here up are the high-noise expert's
@@ -148,8 +148,8 @@ def check_args(args, ranks):
         raise ValueError("--loss diffusion_sdpo needs both outputs on one rank; use --backward joint or sequential")
     if args.caption_dropout and args.loss != "sft":
         raise ValueError("--caption_dropout is for --loss sft; a preference loss would compare captions that the clip was not made for")
-    if args.sample_every and (args.data != "toy" or args.loss == "preference"):
-        raise ValueError("--sample_every samples a policy in the embedded world (--data toy); for other data run sample.py on the export")
+    if args.sample_every and args.loss == "preference":
+        raise ValueError("--sample_every samples a policy, and --loss preference trains none")
     if args.loss == "preference" and args.export_format == "diffusers":
         raise ValueError("--export_format diffusers: diffusers has no preference model; use original or comfyui")
     args.out = Path(str(args.out).replace("{loss}", args.loss))
@@ -428,36 +428,6 @@ def export(args, checkpoint, path):
 # ------------------------------------------------------------------------------------------------------------------
 # the embedded world
 
-def make_world(args, config, ranks):
-    """
-    The default --data: real clips of the embedded world and, for a loss on pairs, the base model's own clips of the same captions. Made once.
-
-    Returns the folder. Real clips hang on their number only and negatives on the base's weights too, hence the name.
-    """
-    pairs = args.loss != "sft"
-    folder = Path("data") / (f"toy_{args.toy_clips}" + (f"_{weights_digest(args.init)}_{args.sample_steps}steps_guidance{args.guidance:g}_shift{args.flow_shift:g}" if pairs else ""))
-    if ranks.rank == 0:
-        paths = [folder / "real" / f"{i:05d}.safetensors" for i in range(args.toy_clips)]
-        if not all(path.exists() for path in paths):                          # a run that was killed here does it again, to the same files
-            for path, caption, video in zip(tqdm(paths, desc="real clips", unit="clip"), *toy.make_clips(args.toy_clips, seed=0)):
-                write_sample(path, toy.encode_pixels(video), toy.encode_text(caption), {"prompt": caption, "source": "embedded world"})
-    dist.barrier()
-    if pairs:
-        model = load_wan(args.init, config).to(ranks.device).eval().requires_grad_(False)    # whole on every rank: each makes its own share
-        make_negatives(model, weights_digest(args.init), folder, steps=args.sample_steps, flow_shift=args.flow_shift, guidance=args.guidance,
-                       rank=ranks.rank, world=ranks.world)
-        dist.barrier()
-    return folder
-
-
-def sample_held_out(args, model, captions, ranks):
-    """Latents (N, 12, 8, 8, 8) of clips of these captions, the same seeds whatever the model, on the CPU of every rank."""
-    shape = (toy.CHANNELS, toy.FRAMES, toy.SIDE // toy.BLOCK, toy.SIDE // toy.BLOCK)
-    make = lambda part: generate(model, [toy.encode_text(captions[i]) for i in part], [seed_of("held out", i) for i in part], shape,
-                                 args.sample_steps, args.flow_shift, args.guidance, device=ranks.device)
-    return spread(make, len(captions), ranks)
-
-
 def held_out_accuracy(args, model, base, ranks):
     """
     How often a preference model is right about pairs it never saw, {"sigma 0.05": share of pairs}: held-out captions, a real clip against the base's, both
@@ -504,6 +474,8 @@ def main(args):
         raise ValueError(f"--model {args.model} with --data toy: the embedded world is for the tiny model; name a folder of encoded samples with --data")
     dataset = open_data(make_world(args, config, ranks) if toy_world else args.data, needs_pairs)
     check_samples(dataset.wins, config, per_rank)
+    if args.sample_every and not of_the_world(dataset):
+        raise ValueError(f"--sample_every samples captions of the embedded world, and {args.data} is not of it; run sample.py on the export instead")
     first = dataset[0]
 
     # ---------------- what decides the run
@@ -563,27 +535,11 @@ def main(args):
          + f" (one data rank: {ranks.world // ranks.data_ranks} ranks, {'one branch each' if args.backward == 'pair' else 'both branches'}, tokens over {args.cp_size})" * (ranks.world > ranks.data_ranks) + "; "
          f"steps {start} to {args.steps} = {(args.steps - start) * args.batch_size / len(dataset):.1f} epochs; log in {log_path}")
 
-    marks = {}
-    sampled = toy_world and args.eval_clips and not trained.scores            # a preference model samples nothing
-    if sampled:
-        captions, held_out = toy.make_clips(args.eval_clips, seed=1, held_out=True)
-        held_out = toy.decode_pixels(toy.encode_pixels(held_out))
-        yardstick = toy.decode_pixels(toy.encode_pixels(toy.make_clips(512, seed=2)[1]))         # real clips, as the codec shows them
-
-    def evaluate(title, model):
-        videos = toy.decode_pixels(sample_held_out(args, model, captions, ranks)).clamp(-1, 1)
-        if ranks.rank == 0:
-            marks[title] = toy.score(videos, captions, yardstick)
-            print(f"{title}: " + ", ".join(f"{name} {value:.3f}" for name, value in marks[title].items()), flush=True)
-        return videos
-
-    def picture(path, videos):
-        clips = sheets + [videos]                                             # real, before (unless from scratch), now; the same captions and seeds
-        contact_sheet(path, [clip[i] for i in range(8) for clip in clips], upscale=3, group=len(clips))
-
-    sheets = [held_out] if sampled else []
-    if sampled and args.init != "scratch":
-        sheets += [evaluate("before", ref if ref is not None else build_model(args, config, ranks))]
+    evaluated = args.eval_clips and of_the_world(dataset)
+    held_out = HeldOut(args.eval_clips) if evaluated and not trained.scores else None              # a preference model samples nothing
+    if held_out and args.init != "scratch":
+        before = ref if ref is not None else build_model(args, config, ranks)
+        held_out.judge("before", sample_held_out(args, before, held_out.captions, ranks), shown=True)
 
     def positions(step):                                                      # of this rank, a range for each accumulation step
         begins = [step * args.batch_size + (micro * ranks.data_ranks + ranks.data_rank) * per_rank for micro in range(args.grad_accum)]
@@ -651,26 +607,23 @@ def main(args):
 
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             checkpoint = save_checkpoint(args.out, step + 1, policy, optimizer, ema, fixed | {"config": asdict(trained)}, args.keep)
-        if args.sample_every and (step + 1) % args.sample_every == 0 and step + 1 < args.steps and sampled:
-            videos = evaluate(f"step {step + 1}", policy if ema is None else ema)
+        if args.sample_every and (step + 1) % args.sample_every == 0 and step + 1 < args.steps and held_out:
+            videos = held_out.judge(f"step {step + 1}", sample_held_out(args, policy if ema is None else ema, held_out.captions, ranks))
             if ranks.rank == 0:
-                picture(args.out / "samples" / f"step_{step + 1:06d}.png", videos)
+                held_out.picture(args.out / "samples" / f"step_{step + 1:06d}.png", now=videos)
 
     # ---------------- what came out
     if ranks.rank == 0:
         export(args, checkpoint, args.out / ("export.safetensors" if args.export_format == "comfyui" else "export"))
-    if toy_world and args.eval_clips and trained.scores:
+    if evaluated and trained.scores:
         right = held_out_accuracy(args, policy if ema is None else ema, build_model(args, config, ranks), ranks)
         talk("held-out accuracy: " + ", ".join(f"{name} {value:.3f}" for name, value in right.items()))
         if ranks.rank == 0:
             write_whole(args.out / "samples" / "marks.json", json.dumps(right, indent=1).encode())
-    if sampled:
-        videos = evaluate("after", policy if ema is None else ema)
+    if held_out:
+        videos = held_out.judge("after", sample_held_out(args, policy if ema is None else ema, held_out.captions, ranks))
         if ranks.rank == 0:
-            picture(args.out / "samples" / "after.png", videos)
-            (args.out / "samples" / "marks.json").write_text(json.dumps(marks, indent=1))
-            toy.print_table(marks | {"real clips": toy.score(held_out, captions, yardstick)})
-            print(f"picture (per held-out caption: real{', before' * (len(sheets) > 1)}, after) in {args.out / 'samples' / 'after.png'}")
+            held_out.close(args.out / "samples", after=videos)
     dist.barrier()
     dist.destroy_process_group()
 

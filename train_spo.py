@@ -21,15 +21,15 @@ import torch
 import torch.distributed as dist
 
 import toy
-from data import check_samples, collate, contact_sheet, fingerprint, open_data, order, randomness, write_whole
+from data import check_samples, collate, fingerprint, open_data, order, randomness, write_whole
 from fsdp_utils import (ContextParallel, append_row, checkpoint_blocks, clip_gradients, ema_update, find_checkpoint, load_checkpoint, load_weights, memory_gib,
                         save_checkpoint, shard_model, spread, start_ranks, stored_weights, total)
 from losses import spo_loss
 from model import WanModel, open_wan, save_wan
-from sample import KERNELS, generate, log_density, seed_of, sigma_grid, step_coefficients, step_distribution, weights_digest
+from sample import KERNELS, log_density, sigma_grid, step_coefficients, step_distribution, weights_digest
+from world import SHAPE, HeldOut, sample_held_out
 
 HERE = Path(__file__).resolve().parent
-TOY_SHAPE = (toy.CHANNELS, toy.FRAMES, toy.SIDE // toy.BLOCK, toy.SIDE // toy.BLOCK)
 LARGEST_WEIGHT = 10.0                                                         # of --step_weight inverse; the first of 20 steps would have 30
 
 
@@ -149,7 +149,7 @@ def build_model(path, ranks, checkpointing="off", offload=False):
 def read_prompts(args, prompts, positions, device):
     """The captions at these positions of the run, with their conditions, as a batch without latents; and the shape (C, F, H, W) to sample."""
     items = [prompts[order(args.seed, position, len(prompts))] for position in positions]
-    shape = items[0]["win"].shape if "win" in items[0] else TOY_SHAPE         # alike in a batch, as check_samples made sure
+    shape = items[0]["win"].shape if "win" in items[0] else SHAPE         # alike in a batch, as check_samples made sure
     batch = collate([{name: value for name, value in item.items() if name != "win"} for item in items])
     return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}, shape
 
@@ -348,29 +348,19 @@ def main(args):
          f"steps ({args.kernel}, eta {args.eta:g}), {args.branch_from + 1} to {args.sample_steps - 1} of them with pools of {args.pool}; {args.updates} updates; "
          f"steps {start} to {args.steps}; log in {log_path}")
 
-    marks, sheets = {}, []
-    if toy_world and args.eval_clips:
-        captions, held_out = toy.make_clips(args.eval_clips, seed=1, held_out=True)
-        held_out = toy.decode_pixels(toy.encode_pixels(held_out))
-        yardstick = toy.decode_pixels(toy.encode_pixels(toy.make_clips(512, seed=2)[1]))
-        sheets = [held_out]
+    held_out = HeldOut(args.eval_clips) if toy_world and args.eval_clips else None
 
     def evaluate(title, model):
         """Marks of what two samplers make of held-out captions: that of the roll-outs, and Euler, as in train.py. The same noise whatever the model."""
         def stochastic(part):
-            batch = collate([{"context": toy.encode_text(captions[i]), "name": captions[i]} for i in part])
+            batch = collate([{"context": toy.encode_text(held_out.captions[i]), "name": held_out.captions[i]} for i in part])
             batch["context"] = batch["context"].to(ranks.device)
-            return roll_out(args, model, score, batch, part, "held out", TOY_SHAPE, branch_from=args.sample_steps)[0]
-        euler = lambda part: generate(model, [toy.encode_text(captions[i]) for i in part], [seed_of("held out", i) for i in part], TOY_SHAPE, args.sample_steps,
-                                      args.flow_shift, args.guidance, device=ranks.device)
-        for row, make in ((f"{title}, {args.kernel} {args.eta:g}", stochastic), (title, euler)):
-            videos = toy.decode_pixels(spread(make, len(captions), ranks)).clamp(-1, 1)
-            marks[row] = toy.score(videos, captions, yardstick)
-            talk(f"{row}: " + ", ".join(f"{name} {value:.3f}" for name, value in marks[row].items()), flush=True)
-        return videos
+            return roll_out(args, model, score, batch, part, "held out", SHAPE, branch_from=args.sample_steps)[0]
+        held_out.judge(f"{title}, {args.kernel} {args.eta:g}", spread(stochastic, len(held_out.captions), ranks))
+        held_out.judge(title, sample_held_out(args, model, held_out.captions, ranks), shown=True)
 
-    if sheets:
-        sheets.append(evaluate("before", ref))
+    if held_out:
+        evaluate("before", ref)
 
     # ---------------- the loop
     for step in range(start, args.steps):
@@ -432,13 +422,10 @@ def main(args):
         weights, read = stored_weights(checkpoint, ema=ema is not None)
         save_wan(weights, args.out / "export", config=config, read=read)
         print(f"weights in {args.out / 'export'}; other formats: python train.py --export {checkpoint} --export_format ... --out ...")
-    if sheets:
-        sheets.append(evaluate("after", policy if ema is None else ema))
+    if held_out:
+        evaluate("after", policy if ema is None else ema)
         if ranks.rank == 0:
-            contact_sheet(args.out / "samples" / "after.png", [clips[i] for i in range(8) for clips in sheets], upscale=3, group=len(sheets))
-            write_whole(args.out / "samples" / "marks.json", json.dumps(marks, indent=1).encode())
-            toy.print_table(marks | {"real clips": toy.score(held_out, captions, yardstick)})
-            print(f"picture (per held-out caption: real, before, after, by Euler) in {args.out / 'samples' / 'after.png'}")
+            held_out.close(args.out / "samples")
     dist.barrier()
     dist.destroy_process_group()
 

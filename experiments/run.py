@@ -9,6 +9,7 @@ experiments/logs/EXPERIMENT/SETTING_SEED.json: the flags, the exact metrics befo
 import argparse
 import json
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -16,14 +17,18 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("step", "loss", "loss_dpo", "margin", "accuracy", "win_gap", "lose_gap", "dgr", "c_win", "c_lose", "err_win", "ref_err_win", "kept", "grad_norm", "saturated")
-SFT, DPO, REGDPO = ["--loss", "sft"], ["--loss", "dpo"], ["--loss", "regdpo"]
+SFT, DPO, REGDPO = ["--loss", "sft"], ["--loss", "dpo", "--ref", "cached"], ["--loss", "regdpo", "--ref", "cached"]
 
 EXPERIMENTS = {
     # what each objective does with the same 512 GT-Pairs, the same steps and the same flags
     "losses": {
-        "sft": SFT, "dpo": DPO, "regdpo": REGDPO, "regdpo_r500": [*REGDPO, "--r", "500"], "regdpo_r_scale_0.2": [*REGDPO, "--r_scale", "0.2"],
-        "dpo_cm": ["--loss", "dpo_cm"], "sdpo": ["--loss", "sdpo"], "ipo": ["--loss", "ipo"], "dpop": ["--loss", "dpop"],
-        "diffusion_sdpo": ["--loss", "diffusion_sdpo"], "linear_dpo": ["--loss", "linear_dpo"]},
+        "sft": SFT, "dpo": DPO, "regdpo": REGDPO, "regdpo_r500": [*REGDPO, "--r", "500"], "regdpo_r_scale_0.2": [*REGDPO, "--r_scale", "0.2"]}
+        | {loss: ["--loss", loss, "--ref", "cached"] for loss in ("dpo_cm", "sdpo", "ipo", "dpop", "diffusion_sdpo", "linear_dpo")},
+    # the weight of Reg-DPO's SFT term: fixed, as in the paper's sweep, and in multiples of the gradient ratio
+    "r": {f"r{r}": [*REGDPO, "--r", str(r)] for r in (25, 50, 125, 300)} | {f"r_scale_{k:g}": [*REGDPO, "--r_scale", str(k)] for k in (0.5, 2, 5)},
+    # where DPO and Reg-DPO work at all: half the steps
+    "beta": {f"{loss}_beta{beta}_lr{rate:g}": ["--loss", loss, "--ref", "cached", "--beta", str(beta), "--learning_rate", str(rate), "--steps", "150", "--eval_clips", "128"]
+             for loss in ("dpo", "regdpo") for beta in (30, 300, 3000, 30000) for rate in (1e-4, 5e-4, 2e-3)},
 }
 
 
@@ -44,11 +49,16 @@ def run(experiment, setting, seed, common):
     if not (out / "samples" / "marks.json").exists():
         resume = ["--resume", "latest"] if (out / "latest").exists() else []
         out.mkdir(parents=True, exist_ok=True)
+        scored = out.parent / f"ref_errors_{seed}.safetensors"                # the same for all losses; train.py refuses it where it does not belong
         if not resume:
             (out / "log.jsonl").unlink(missing_ok=True)                       # killed before its first checkpoint
+            if scored.exists() and "cached" in flags:
+                shutil.copy(scored, out / "ref_errors.safetensors")
         with open(out / "printed.txt", "a") as printed:
             code = subprocess.run([sys.executable, "train.py", *flags, "--seed", str(seed), "--out", str(out), *resume], cwd=ROOT, stdout=printed,
                                   stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+        if (out / "ref_errors.safetensors").exists() and not scored.exists():
+            shutil.copy(out / "ref_errors.safetensors", scored)
         if code:
             return f"{setting} seed {seed}: FAILED, see {out / 'printed.txt'}"
     keep(out, ROOT / "experiments" / "logs" / experiment / f"{setting}_{seed}.json", flags)

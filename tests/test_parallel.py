@@ -19,6 +19,7 @@ import train
 from data import open_data, read_sample
 from fsdp_utils import ContextParallel, add_branches, checkpoint_blocks, open_errors, score_reference, start_ranks
 from model import CONFIGS, WanModel, save_wan
+from world import sample_held_out
 from test_train import main_fails, on_ranks, run, same_run, train_main, world  # noqa: F401  (world is a fixture)
 
 CONFIG = dataclasses.replace(CONFIGS["tiny"], dim=32, ffn_dim=64, num_layers=2)
@@ -174,7 +175,7 @@ def held_out(folder, cp_size):
     args = arguments("sft", f"--sample_steps 2 --init {folder / 'base'}")
     ranks = start_ranks(cp_size=cp_size)
     captions = toy.make_clips(5, seed=1, held_out=True)[0]
-    return train.sample_held_out(args, train.build_model(args, CONFIGS["tiny"], ranks), captions, ranks).tolist()
+    return sample_held_out(args, train.build_model(args, CONFIGS["tiny"], ranks), captions, ranks).tolist()
 
 
 def test_evaluations_sample_the_same_clips_when_ranks_share_the_tokens(world):
