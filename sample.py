@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 import toy
 from data import check_samples, contact_sheet, read_header, read_sample, read_summaries, sample_files, write_sample
-from losses import shift_sigma
+from losses import add_noise, shift_sigma
 from model import hold_first_frame, load_wan, open_wan
 
 # As the official command lines do it, by model type; "a14b": two experts. guidance and low_guidance: high-noise and low-noise expert (the official
@@ -40,7 +40,7 @@ DEFAULTS = {
 NEGATIVE_PREFIX = {"i2v": "镜头晃动，", "flf2v": "镜头切换，镜头晃动，"}
 EXPERTS = (("high_noise_model", "low_noise_model"), ("transformer", "transformer_2"))                # original and diffusers folders: high, low
 # In the metadata of negatives: what they are made with.
-SETTINGS = ("model", "seed", "steps", "flow_shift", "guidance", "solver", "low_guidance", "boundary", "negative_prompt")
+SETTINGS = ("model", "seed", "steps", "flow_shift", "guidance", "solver", "low_guidance", "boundary", "negative_prompt", "renoise")
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def seed_of(*parts):
 
 @torch.no_grad()
 def generate(model, context, seeds, shape, steps, flow_shift, guidance, negative=None, device=None, solver="euler",
-             low=None, low_guidance=0.0, boundary=0.0, first_latent=None, **conditions):
+             low=None, low_guidance=0.0, boundary=0.0, first_latent=None, real=None, renoise=1.0, **conditions):
     """
     From noise to latents with classifier-free guidance, v = v_negative + guidance * (v_positive - v_negative).
 
@@ -177,6 +177,7 @@ def generate(model, context, seeds, shape, steps, flow_shift, guidance, negative
     low: the low-noise expert of Wan2.2 A14B, with guidance low_guidance (0: the same), for timesteps below 1000 * boundary, shifted as the model
     gets them. If it lives on another device than the model (the CPU), the two change places there, and back at the end.
     conditions: what the variant needs beside the text, (B, ...) each, the same in both branches; first_latent (B, C, 1, H, W) is TI2V's frame 0.
+    renoise: the sigma to start from; below 1, with the noise added to `real` (B, C, F, H, W), and only the steps of the grid below it.
     device: where it computes, if its parameters live elsewhere (offloaded).
     Returns latents (B, C, F, H, W) float32 on that device.
     """
@@ -197,6 +198,8 @@ def generate(model, context, seeds, shape, steps, flow_shift, guidance, negative
     first_latent = None if first_latent is None else first_latent.to(device, torch.float32)
 
     sigmas = sigma_grid(steps, flow_shift, solver)
+    if renoise < 1:
+        sigmas = [renoise] + [sigma for sigma in sigmas if sigma < renoise]
     timesteps = [1000 * sigma if solver == "euler" else int(1000 * sigma) for sigma in sigmas[:-1]]
     first_low = next((i for i, timestep in enumerate(timesteps) if low is not None and timestep < 1000 * boundary), steps)
     home = device if low is None else next(low.parameters()).device
@@ -215,6 +218,8 @@ def generate(model, context, seeds, shape, steps, flow_shift, guidance, negative
         return v_negative + (guidance if i < first_low else low_guidance) * (v_positive - v_negative)
 
     x = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(device)
+    if renoise < 1:
+        x = add_noise(real.to(device, torch.float32), x, torch.tensor([renoise], device=device))
     x = SOLVERS[solver](velocity, x, sigmas)
     if exchange:
         low.to(home), model.to(device)
@@ -237,11 +242,12 @@ def weights_digest(path):
 
 
 def make_negatives(model, model_name, folder, name="negatives", per_sample=1, seed=0, steps=20, flow_shift=3.0, guidance=1.0, batch_size=64,
-                   rank=0, world=1, solver="euler", low=None, low_guidance=0.0, boundary=0.0, negative=None, negative_prompt=""):
+                   rank=0, world=1, solver="euler", low=None, low_guidance=0.0, boundary=0.0, negative=None, negative_prompt="", renoise=1.0):
     """
     The losing half of GT-Pairs: for every folder/real/STEM.safetensors the model's own clip of the same caption and conditions, as
     folder/NAME/STEM.safetensors (NAME_1, NAME_2 ... for more per sample). Each file's noise depends on (seed, stem, k) only, so any number of ranks
     makes the same files. Conditions are not written again: training takes the real sample's for both. negative_prompt: the text of `negative`.
+    renoise below 1: the real clip, noised to that sigma and made anew from there, so that the two differ in less.
 
     Files that are there are kept: a killed run goes on where it stopped, and files appear whole. Returns how many this rank made.
     Raises ValueError if a file that is there was made with other settings.
@@ -250,6 +256,7 @@ def make_negatives(model, model_name, folder, name="negatives", per_sample=1, se
     settings |= {"solver": solver} if solver != "euler" else {}               # what is not there is the default, so that older files stay good
     settings |= {"low_guidance": low_guidance, "boundary": boundary} if low is not None else {}
     settings |= {"negative_prompt": negative_prompt} if negative_prompt else {}
+    settings |= {"renoise": renoise} if renoise < 1 else {}
     settings = {key: str(value) for key, value in settings.items()}
     every = [(path, k) for path in sample_files(Path(folder) / "real") for k in range(per_sample)]
     mine = []
@@ -272,7 +279,8 @@ def make_negatives(model, model_name, folder, name="negatives", per_sample=1, se
         conditions = {key: torch.stack([real[key] for real in reals]) for key in shapes[0] if key != "latents"}
         seeds = [seed_of(seed, path.stem, k) for path, _, k in part]
         latents = generate(model, [real["context"].float() for real in reals], seeds, shapes[0]["latents"], steps, flow_shift, guidance, negative,
-                           solver=solver, low=low, low_guidance=low_guidance, boundary=boundary, **conditions).cpu()
+                           solver=solver, low=low, low_guidance=low_guidance, boundary=boundary,
+                           real=torch.stack([real["latents"] for real in reals]), renoise=renoise, **conditions).cpu()
         for (path, target, k), real, value, noise_seed in zip(part, reals, latents, seeds):
             kept = {key: real["metadata"][key] for key in ("prompt", "encoder", "fps") if key in real["metadata"]}
             metadata = settings | kept | {"source": f"generated for {path.name}", "noise_seed": str(noise_seed)}
@@ -301,6 +309,7 @@ def parse_args(argv):
     p.add_argument("--fps", type=int, default=0, help="of the mp4 files")
     # pairs
     p.add_argument("--name", default="negatives", help="folder of the negatives; must start with 'negatives'")
+    p.add_argument("--renoise", type=float, default=1.0, help="sigma to which the real clip is noised and then made anew; 1: from noise alone")
     p.add_argument("--per_sample", type=int, default=1, help="negatives for every real sample")
     # sampler; 0 and auto: as the model's authors do
     p.add_argument("--solver", default="auto", help="euler, unipc")
@@ -348,6 +357,8 @@ def settle(args, config, two_experts):
     for name in ("steps", "flow_shift", "fps", "batch_size", "per_sample"):
         if not getattr(args, name) > 0:
             raise ValueError(f"--{name} {getattr(args, name)}: expected a number above 0")
+    if not 0 < args.renoise <= 1 or args.renoise < 1 and args.prompts:
+        raise ValueError(f"--renoise {args.renoise}: expected a sigma above 0, at most 1, and --pairs, whose real clips are noised")
     if two_experts and not 0 < args.boundary < 1:
         raise ValueError(f"--boundary {args.boundary}: expected a sigma between 0 and 1; 0.875 for Wan2.2-T2V-A14B, 0.9 for Wan2.2-I2V-A14B")
     if args.negative_prompt == "official":
@@ -491,7 +502,7 @@ def main(args):
     model, other = load()
     made = make_negatives(model, "+".join(weights_digest(path) for path in (high, low) if path), args.pairs, args.name, args.per_sample, args.seed,
                           batch_size=args.batch_size, rank=rank, world=world, low=other, negative=negative,
-                          negative_prompt=args.negative_prompt if guided else "", **sampler)
+                          negative_prompt=args.negative_prompt if guided else "", renoise=args.renoise, **sampler)
     print(f"rank {rank}: {made} negatives made in {args.pairs}", flush=True)
 
 

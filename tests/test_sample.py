@@ -220,6 +220,33 @@ def test_a_video_does_not_depend_on_the_batch_it_is_made_in(base):
     assert not torch.allclose(together[0], together[1], atol=0.1)
 
 
+def test_a_renoised_clip_starts_at_its_noised_self_and_takes_only_the_steps_below():
+    asked = []
+    class Asked(PointMass):
+        def forward(self, x, timestep, context):
+            asked.append((x.clone(), timestep[0].item()))
+            return torch.zeros_like(x)
+    real = torch.full((1, 2, 1, 4, 4), 5.0)
+    noise = sample.generate(Asked(), [torch.zeros(1, 4)], [7], (2, 1, 4, 4), 1, 3.0, 1.0)             # velocity 0: comes out as it went in
+    asked.clear()
+    sample.generate(Asked(), [torch.zeros(1, 4)], [7], (2, 1, 4, 4), 4, 3.0, 1.0, real=real, renoise=0.8)
+    assert [timestep for _, timestep in asked] == pytest.approx([800, 750, 500])                      # of the grid 1, 0.9, 0.75, 0.5, 0
+    assert torch.allclose(asked[0][0], 0.2 * real + 0.8 * noise)
+
+
+def test_a_renoised_negative_is_closer_to_its_real_clip(base, pairs):
+    folder, model = base
+    sample.main(sample.parse_args(["--pairs", str(pairs), "--init", str(folder), "--steps", "4"]))
+    sample.main(sample.parse_args(["--pairs", str(pairs), "--init", str(folder), "--steps", "4", "--name", "negatives_near", "--renoise", "0.3"]))
+    real, far, near = (read_sample(pairs / name / "00.safetensors") for name in ("real", "negatives", "negatives_near"))
+    distance = lambda other: (other["latents"].float() - real["latents"].float()).square().mean()
+    assert distance(near) < 0.5 * distance(far) and near["metadata"]["renoise"] == "0.3" and "renoise" not in far["metadata"]
+    with pytest.raises(ValueError, match="was made with"):
+        sample.main(sample.parse_args(["--pairs", str(pairs), "--init", str(folder), "--steps", "4", "--renoise", "0.3"]))
+    with pytest.raises(ValueError, match="--renoise 1.5"):
+        sample.main(sample.parse_args(["--pairs", str(pairs), "--init", str(folder), "--renoise", "1.5"]))
+
+
 def test_negatives_pair_with_their_real_sample_and_say_how_they_were_made(base, pairs):
     assert sample.make_negatives(base[1], "m", pairs, per_sample=2, steps=2, batch_size=4) == 20
     found = open_data(pairs, pairs=True)
