@@ -16,6 +16,14 @@ from sample import generate, make_negatives, seed_of, weights_digest
 SHAPE = (toy.CHANNELS, toy.FRAMES, toy.SIDE // toy.BLOCK, toy.SIDE // toy.BLOCK)     # of a clip's latents
 
 
+def make_real(folder, count):
+    """folder/real/00000.safetensors and so on: the same clips whoever asks."""
+    paths = [folder / "real" / f"{i:05d}.safetensors" for i in range(count)]
+    if not all(path.exists() for path in paths):                              # a run that was killed here does it again, to the same files
+        for path, caption, video in zip(tqdm(paths, desc="real clips", unit="clip"), *toy.make_clips(count, seed=0)):
+            write_sample(path, toy.encode_pixels(video), toy.encode_text(caption), {"prompt": caption, "source": "embedded world"})
+
+
 def make_world(args, config, ranks):
     """
     The default --data: real clips of the embedded world and, for a loss on pairs, the base model's own clips of the same captions. Made once.
@@ -25,10 +33,7 @@ def make_world(args, config, ranks):
     pairs = args.loss != "sft"
     folder = Path("data") / (f"toy_{args.toy_clips}" + (f"_{weights_digest(args.init)}_{args.sample_steps}steps_guidance{args.guidance:g}_shift{args.flow_shift:g}" if pairs else ""))
     if ranks.rank == 0:
-        paths = [folder / "real" / f"{i:05d}.safetensors" for i in range(args.toy_clips)]
-        if not all(path.exists() for path in paths):                          # a run that was killed here does it again, to the same files
-            for path, caption, video in zip(tqdm(paths, desc="real clips", unit="clip"), *toy.make_clips(args.toy_clips, seed=0)):
-                write_sample(path, toy.encode_pixels(video), toy.encode_text(caption), {"prompt": caption, "source": "embedded world"})
+        make_real(folder, args.toy_clips)
     dist.barrier()
     if pairs:
         model = load_wan(args.init, config).to(ranks.device).eval().requires_grad_(False)    # whole on every rank: each makes its own share

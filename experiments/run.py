@@ -19,6 +19,11 @@ ROOT = Path(__file__).resolve().parent.parent
 KEPT = ("step", "loss", "loss_dpo", "margin", "accuracy", "win_gap", "lose_gap", "dgr", "c_win", "c_lose", "err_win", "ref_err_win", "kept", "grad_norm", "saturated")
 SFT, DPO, REGDPO = ["--loss", "sft"], ["--loss", "dpo", "--ref", "cached"], ["--loss", "regdpo", "--ref", "cached"]
 
+FORMER_BASE = "270b339"                                                       # commit of the base before this one: less trained, 0.37 broken clips at guidance 2 instead of 0.08
+PAIRS = {                                                                     # sets of GT-Pairs: flags of sample.py --pairs
+    "two": ["--per_sample", "2"], "four": ["--per_sample", "4"], "guidance2": ["--guidance", "2"], "steps10": ["--steps", "10"], "steps50": ["--steps", "50"],
+    "renoise0.9": ["--renoise", "0.9"], "renoise0.7": ["--renoise", "0.7"], "round2": ["--init", "out/experiments/losses/regdpo_0/export"]}
+
 EXPERIMENTS = {
     # what each objective does with the same 512 GT-Pairs, the same steps and the same flags
     "losses": {
@@ -26,44 +31,81 @@ EXPERIMENTS = {
         | {loss: ["--loss", loss, "--ref", "cached"] for loss in ("dpo_cm", "sdpo", "ipo", "dpop", "diffusion_sdpo", "linear_dpo")},
     # the weight of Reg-DPO's SFT term: fixed, as in the paper's sweep, and in multiples of the gradient ratio
     "r": {f"r{r}": [*REGDPO, "--r", str(r)] for r in (25, 50, 125, 300)} | {f"r_scale_{k:g}": [*REGDPO, "--r_scale", str(k)] for k in (0.5, 2, 5)},
-    # where DPO and Reg-DPO work at all: half the steps
-    "beta": {f"{loss}_beta{beta}_lr{rate:g}": ["--loss", loss, "--ref", "cached", "--beta", str(beta), "--learning_rate", str(rate), "--steps", "150", "--eval_clips", "128"]
+    # where DPO and Reg-DPO work at all: a third of the steps
+    "beta": {f"{loss}_beta{beta}_lr{rate:g}": ["--loss", loss, "--ref", "cached", "--beta", str(beta), "--learning_rate", str(rate), "--steps", "100", "--eval_clips", "128"]
              for loss in ("dpo", "regdpo") for beta in (30, 300, 3000, 30000) for rate in (1e-4, 5e-4, 2e-3)},
+    # r = dgr is DPO with the loser's gradient halved: bit for bit, where the loss scales make up for the factor of 2
+    "identity": {"regdpo": [*REGDPO, "--steps", "100", "--eval_clips", "0"],
+                 "lose_half": ["experiments/variants.py", "lose_half", *DPO, "--steps", "100", "--eval_clips", "0", "--loss_scale", "2e-3"],
+                 "lose_half_unscaled": ["experiments/variants.py", "lose_half", *DPO, "--steps", "100", "--eval_clips", "0"]},
+    # how the pairs are made; second_round goes on from Reg-DPO's seed 0 with negatives of its own, more_of_the_same with the old ones
+    "pairs": {name: [*REGDPO, "--data", f"data/pairs_{name}"] for name in PAIRS if name != "round2"}
+             | {"separate_noise": ["experiments/variants.py", "separate_noise", "--loss", "regdpo"],
+                "second_round": ["--loss", "regdpo", "--init", "out/experiments/losses/regdpo_0/export", "--data", "data/pairs_round2"],
+                "more_of_the_same": ["--loss", "regdpo", "--init", "out/experiments/losses/regdpo_0/export", "--data", "data/pairs_base"]},
+    # the same on a base that is less trained
+    "former_base": {name: [*flags, "--init", "data/former_base"] for name, flags in {"sft": SFT, "dpo": DPO, "regdpo": REGDPO, "regdpo_r500": [*REGDPO, "--r", "500"]}.items()},
 }
 
 
+def prepare(flags):
+    """Makes the pairs and the base that a setting names, once."""
+    if "data/former_base" in flags and not (ROOT / "data" / "former_base").exists():
+        archive = subprocess.run(["git", "archive", FORMER_BASE, "toy_base"], cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
+        (ROOT / "data" / "former").mkdir(parents=True, exist_ok=True)
+        subprocess.run(["tar", "-x", "-C", ROOT / "data" / "former"], input=archive, check=True)
+        (ROOT / "data" / "former" / "toy_base").rename(ROOT / "data" / "former_base")
+    for flag in flags:
+        if flag.startswith("data/pairs_"):
+            sys.path.insert(0, str(ROOT))
+            from world import make_real
+            make_real(ROOT / flag, 512)
+            subprocess.run([sys.executable, "sample.py", "--pairs", flag, *PAIRS.get(flag.removeprefix("data/pairs_"), [])], cwd=ROOT, check=True)
+
+
+def value_of(flags, name, default):
+    return flags[flags.index(name) + 1] if name in flags else default
+
+
 def keep(out, target, flags):
-    """The run's folder -> the one small file of it that is committed."""
+    """The run's folder -> the one small file of it that is committed. Returns its marks."""
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    rows = [{name: float(f"{row[name]:.4g}") for name in KEPT if name in row} for row in rows[::5] + rows[-1:]]
+    every, digits = (1, 9) if target.parent.name == "identity" else (5, 4)
+    rows = [{name: float(f"{row[name]:.{digits}g}") for name in KEPT if name in row} for row in rows[::every] + rows[-1:]]
     target.parent.mkdir(parents=True, exist_ok=True)
     config = json.loads((out / "config.json").read_text())
     lines = ",\n".join(json.dumps(row) for row in rows)
-    head = {"flags": flags, "torch": config["torch"], "marks": json.loads((out / "samples" / "marks.json").read_text())}
+    marks = out / "samples" / "marks.json"
+    marks = json.loads(marks.read_text()) if marks.exists() else {}
+    head = {"flags": flags, "torch": config["torch"], "marks": marks}
     target.write_text(json.dumps(head)[:-1] + f', "log": [\n{lines}]}}\n')
+    return marks
 
 
 def run(experiment, setting, seed, common):
     out = ROOT / "out" / "experiments" / experiment / f"{setting}_{seed}"
     flags = [*EXPERIMENTS[experiment][setting], *common]
-    if not (out / "samples" / "marks.json").exists():
+    if not (out / "done").exists():
+        prepare(flags)
         resume = ["--resume", "latest"] if (out / "latest").exists() else []
         out.mkdir(parents=True, exist_ok=True)
-        scored = out.parent / f"ref_errors_{seed}.safetensors"                # the same for all losses; train.py refuses it where it does not belong
+        shared = [value_of(flags, name, default).replace("/", "-") for name, default in (("--init", "toy_base"), ("--data", "toy"))]
+        scored = out.parents[1] / f"ref_errors_{'_'.join(shared)}_{seed}.safetensors"     # the same for all losses; train.py refuses it where it does not belong
         if not resume:
             (out / "log.jsonl").unlink(missing_ok=True)                       # killed before its first checkpoint
             if scored.exists() and "cached" in flags:
                 shutil.copy(scored, out / "ref_errors.safetensors")
         with open(out / "printed.txt", "a") as printed:
-            code = subprocess.run([sys.executable, "train.py", *flags, "--seed", str(seed), "--out", str(out), *resume], cwd=ROOT, stdout=printed,
+            script = [] if flags[0].endswith(".py") else ["train.py"]
+            code = subprocess.run([sys.executable, *script, *flags, "--seed", str(seed), "--out", str(out), *resume], cwd=ROOT, stdout=printed,
                                   stderr=subprocess.STDOUT, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
         if (out / "ref_errors.safetensors").exists() and not scored.exists():
             shutil.copy(out / "ref_errors.safetensors", scored)
         if code:
             return f"{setting} seed {seed}: FAILED, see {out / 'printed.txt'}"
-    keep(out, ROOT / "experiments" / "logs" / experiment / f"{setting}_{seed}.json", flags)
-    marks = json.loads((out / "samples" / "marks.json").read_text())["after"]
-    return f"{setting} seed {seed}: " + ", ".join(f"{name} {value:.3f}" for name, value in marks.items())
+        (out / "done").touch()
+    marks = keep(out, ROOT / "experiments" / "logs" / experiment / f"{setting}_{seed}.json", flags)
+    return f"{setting} seed {seed}: " + ", ".join(f"{name} {value:.3f}" for name, value in marks.get("after", {}).items())
 
 
 def main():
