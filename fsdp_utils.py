@@ -30,7 +30,6 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_st
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -70,6 +69,7 @@ def start_ranks(pair=False, cp_size=1, replicate=1):
     device = torch.device("cuda", local) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
+        torch.backends.cuda.enable_math_sdp(False)         # heads * tokens^2 numbers, 86 GB at 32,760 tokens of 14B: an error of attention's is better
     if not dist.is_initialized():
         # on GPUs gloo too, for gradients that live on the CPU; 30 minutes, as one rank may write a data set while others wait
         backend, timeout = ("cpu:gloo,cuda:nccl" if cuda else "gloo"), timedelta(minutes=30)
@@ -141,11 +141,11 @@ def memory_plan(args, config, parameters, tokens, videos, needs_ref, ranks, lear
     parts = [f"weights {shard:.3f}{cpu}", f"gradients {(1 + args.branch_norms) * learning * shard:.3f}{cpu}", f"AdamW {2 * learning * shard:.3f}{cpu}"]
     parts += [f"reference {shard:.3f}{where}"] if needs_ref else []
     parts += [f"ema {shard:.3f}{cpu}"] if args.ema_decay else []
-    if args.checkpointing != "off":                                            # the residual stream in float32, two attention outputs in the matrices' dtype
-        per_value = 4 + (2 * (2 if ranks.device.type == "cuda" else 4) if args.checkpointing == "selective" else 0)
-        kept = videos * config.num_layers * -(-tokens // ranks.cp_size) * config.dim * per_value / 2 ** 30
-        parts += [f"kept activations {kept:.3f}{' (CPU)' if args.offload_activations else ''}"]
-    return f"memory per rank in GiB: {', '.join(parts)}; {'all' if args.checkpointing == 'off' else 'one block at a time of the'} activations on top"
+    size = 2 if ranks.device.type == "cuda" else 4                             # bytes of a number in the matrices
+    kept = kept_bytes(config, args.checkpointing, args.chunk_tokens, args.offload_activations, size)
+    kept *= videos * (args.loss != "preference") * config.num_layers * -(-tokens // ranks.cp_size) * config.dim / 2 ** 30    # its blocks are frozen
+    parts += [f"kept activations {kept:.3f}{' (CPU)' * args.offload_activations}"]
+    return f"memory per rank in GiB: {', '.join(parts)}; on top what backward makes of one block at a time"
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -229,41 +229,13 @@ class ContextParallel:
 # ------------------------------------------------------------------------------------------------------------------
 # what is kept for backward
 
-ATTENTION_OPS = [torch.ops.aten._scaled_dot_product_flash_attention.default, torch.ops.aten._scaled_dot_product_efficient_attention.default,
-                 torch.ops.aten._scaled_dot_product_cudnn_attention.default, torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default]
-
-
-class KeepAttention(TorchDispatchMode):
-    """
-    Selective checkpointing: the outputs of attention are kept, since its recomputation grows with the square of the tokens; all else is recomputed.
-    One such mode is around a block's forward and fills `kept`, a second one around its recomputation and gives back, in the same order.
-    """
-    def __init__(self, kept, pack, unpack, again=False):
-        super().__init__()
-        self.kept, self.pack, self.unpack, self.again = kept, pack, unpack, again
-
-    @classmethod
-    def ignore_compile_internals(cls):
-        return True                                        # without it torch.compile would leave the blocks eager under this mode
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        if op not in ATTENTION_OPS:
-            return op(*args, **(kwargs or {}))
-        if self.again:
-            out, *rest = self.kept.pop(0)
-            return self.unpack(out), *rest
-        out, *rest = op(*args, **(kwargs or {}))
-        # autograd will hang this block's graph on what is returned; what is kept must not hold that
-        self.kept.append((self.pack(out.detach()), *(x.detach() if torch.is_tensor(x) else x for x in rest)))
-        return out, *rest
-
-
 class Kept:
-    """A tensor that waits for its backward in a buffer on the CPU, and until the copy is done on the device too."""
-    def __init__(self, x, buffer, free, before):
+    """A storage that waits for its backward in a buffer on the CPU, and until the copy is done on the device too."""
+    def __init__(self, flat, buffer, free, before):
+        self.source, self.uses = weakref.ref(flat.untyped_storage()), 0
         self.buffer, self.free, self.before = buffer, free, before
-        self.host, self.device = buffer[:x.nbytes].view(x.dtype).view(x.shape), x.device
-        self.x, self.copied = x, None                      # copied: a CUDA event; None on the CPU
+        self.host, self.device = buffer[:flat.nbytes].view(flat.dtype), flat.device
+        self.x, self.copied = flat, None                   # copied: a CUDA event; None on the CPU
 
     def __del__(self):
         self.free.append(self.buffer)                      # the next copy into it runs on the same stream, after those that still read it
@@ -271,23 +243,24 @@ class Kept:
 
 class Offload:
     """
-    Moves tensors to CPU memory in forward and back in backward. On GPUs copies run on a stream of their own, beside the computation, from and to
+    Moves what blocks keep to CPU memory in forward and back in backward. On GPUs copies run on a stream of their own, beside the computation, from and to
     pinned buffers that are used again. A tensor leaves the device when the second one after it has been kept: by then its copy is done, and waiting for
     it costs nothing. When the backward of a block asks for its own, what the block before it kept is fetched.
     """
     def __init__(self):
         self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
         self.free = []                                     # buffers
-        self.leaving = deque()                             # kept tensors that are still on the device
+        self.leaving = deque()                             # kept storages that are still on the device
         self.block, self.before = [], []                   # what this block and the one before it kept; weak, or each would hold all before it
 
-    def around(self, block):
-        """The function of a block, x first, with the tensors of x's shape that it saves moved: the others are small, and all blocks share them."""
+    def around(self, block, function):
+        """The function of a block, x first, with what it saves moved, but for its weights and for what is small (modulation, tables and text, which blocks share)."""
         def forward(x, *rest):
-            shape = x.shape
             self.block, self.before = [], self.block
-            with saved_tensors_hooks(lambda t: self.pack(t) if t.shape == shape else t, lambda t: self.unpack(t) if isinstance(t, Kept) else t):
-                return block(x, *rest)
+            weights = {p.untyped_storage()._cdata for p in block.parameters()}         # as FSDP has gathered them
+            stays = lambda storage: storage.nbytes() < x.numel() or storage._cdata in weights
+            with saved_tensors_hooks(lambda t: t if stays(t.untyped_storage()) else self.pack(t), lambda t: t if torch.is_tensor(t) else self.unpack(*t)):
+                return function(x, *rest)
         return forward
 
     def copy(self, target, source):
@@ -304,12 +277,12 @@ class Offload:
         if event is not None:
             torch.cuda.current_stream().wait_event(event)
 
-    def pack(self, x):
-        fits = [i for i, buffer in enumerate(self.free) if len(buffer) >= x.nbytes]
+    def keep(self, flat):
+        fits = [i for i, buffer in enumerate(self.free) if len(buffer) >= flat.nbytes]
         buffer = (self.free.pop(min(fits, key=lambda i: len(self.free[i]))) if fits
-                  else torch.empty(x.nbytes, dtype=torch.uint8, device="cpu", pin_memory=self.stream is not None))
-        kept = Kept(x, buffer, self.free, self.before)
-        kept.copied = self.copy(kept.host, x)
+                  else torch.empty(flat.nbytes, dtype=torch.uint8, device="cpu", pin_memory=self.stream is not None))
+        kept = Kept(flat, buffer, self.free, self.before)
+        kept.copied = self.copy(kept.host, flat)
         self.block.append(weakref.ref(kept))
         self.leaving.append(weakref.ref(kept))
         if len(self.leaving) > 2 and (left := self.leaving.popleft()()) is not None:
@@ -317,42 +290,126 @@ class Offload:
             left.x = None
         return kept
 
+    def pack(self, t):
+        """-> what unpack takes. Several views of one storage, and several users of a view, make one copy."""
+        storage = t.untyped_storage()
+        mine = [kept for ref in self.block if (kept := ref()) is not None and kept.source() is storage]
+        kept = mine[0] if mine else self.keep(t.detach().as_strided((storage.nbytes() // t.itemsize,), (1,), 0))
+        kept.uses += 1
+        return kept, t.dtype, t.shape, t.stride(), t.storage_offset()
+
     def fetch(self, kept):
         if kept.x is None:
             kept.x = torch.empty(kept.host.shape, dtype=kept.host.dtype, device=kept.device)
             kept.copied = self.copy(kept.x, kept.host)
 
-    def unpack(self, kept):
+    def unpack(self, kept, dtype, *layout):
         self.fetch(kept)
         self.wait(kept.copied)
-        x, kept.x = kept.x, None
+        x, kept.uses = kept.x, kept.uses - 1
+        if kept.uses == 0:
+            kept.x = None
         for earlier in kept.before:
             if (earlier := earlier()) is not None:
                 self.fetch(earlier)
-        return x
+        return x.view(dtype).as_strided(*layout)
 
 
 def checkpoint_blocks(model, mode, offload=False):
     """
-    Activation checkpointing of every block of model.blocks. mode: off | selective (keeps block inputs and attention outputs) | full (keeps block inputs).
-    offload: what is kept waits in CPU memory.
+    What the blocks keep for backward. Bytes per token, layer and channel of Wan2.1 1.3B / 14B in bf16, and what is recomputed for it:
 
-    Patches block.forward, so that parameter names stay those of the checkpoints; to be called before shard_model.
+        off         42 / 36    norms, modulation, rotation and GELU, which cost next to nothing
+        selective   30 / 30    and the first layer of the FFN: 3 % of the FLOPs of forward and backward at 32,760 tokens, 7 % at 7,800 (1.3B)
+        full       2.2 / 2.1   everything: the residual stream is kept in float32 before every second block
+
+    offload: all of that waits in CPU memory; full keeps the stream before every block then (4 bytes), so that one block at a time is recomputed.
+    For attention that is kept, and all else recomputed (12 bytes), see chunk_blocks.
+    Names of parameters stay; to be called before shard_model.
     """
-    if mode == "off":
-        return
     store = Offload() if offload else None
-    pack, unpack = (store.pack, store.unpack) if offload else (lambda x: x, lambda x: x)
+    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)             # no dropout in Wan, hence no random state
+    for block in model.blocks:
+        block.keep_hidden = mode != "selective"
+        if offload:                                        # around the checkpoint, so that it is the checkpoint's inputs which move
+            block.forward = store.around(block, partial(again, block.forward) if mode == "full" else block.forward)
+    if mode == "full" and not offload:
+        run_blocks = model.run_blocks
 
-    def keep_attention():
-        kept = []
-        return KeepAttention(kept, pack, unpack), KeepAttention(kept, pack, unpack, again=True)
-    options = {"context_fn": keep_attention} if mode == "selective" else {}
+        def in_twos(begin, end, x, *rest):
+            for first in range(begin, end, 2):
+                x = again(partial(run_blocks, first, min(first + 2, end)), x, *rest)
+            return x
+        model.run_blocks = in_twos
 
-    def checkpointed(block):                               # no dropout in Wan, hence no random state to keep
-        return lambda *args: checkpoint(block, *args, use_reentrant=False, preserve_rng_state=False, **options)
-    for block in model.blocks:                             # around the checkpoint, so that it is the checkpoint's inputs which move
-        block.forward = store.around(checkpointed(block.forward)) if offload else checkpointed(block.forward)
+
+def kept_bytes(config, mode, chunk_tokens, offload, size):
+    """Bytes that the blocks keep for backward per token, layer and channel; size: bytes of a number in the matrices."""
+    if mode == "full":
+        return 4 if offload else 2                         # the stream, float32
+    if chunk_tokens:
+        return 4 + 4 * size                                # q, k, v and the output of attention
+    hidden = config.ffn_dim / config.dim if mode == "off" else 0
+    return 8 + (11 + 2 * (config.image_dim > 0) + hidden) * size                           # the stream twice
+
+
+class Chunks(torch.autograd.Function):
+    """f on `size` tokens at a time, see chunk_blocks. Only its inputs are kept; backward does each chunk again, so that what f makes lives as long as its chunk."""
+    @staticmethod
+    def forward(ctx, f, size, cut, count, *tensors):                       # `count` inputs of f, of which the first `cut` have tokens (or a 1) in dim 1; its parameters
+        tokens = tensors[0].shape[1]
+        ctx.f, ctx.count, ctx.size, ctx.starts = f, count, size, range(0, tokens, size)
+        ctx.part = lambda i, x, start: x[:, start:start + size] if i < cut and x.shape[1] == tokens else x
+        ctx.parameters = tensors[count:]                                   # the leaves themselves, as f uses them
+        ctx.save_for_backward(*tensors[:count])
+        outs = [f(*(ctx.part(i, x, start) for i, x in enumerate(tensors[:count]))) for start in ctx.starts]
+        return tuple(torch.cat(parts, dim=1) for parts in zip(*outs)) if isinstance(outs[0], tuple) else torch.cat(outs, dim=1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        tensors, needed, totals = (*ctx.saved_tensors, *ctx.parameters), ctx.needs_input_grad[4:], {}
+        for start in ctx.starts:
+            inputs = [ctx.part(i, x, start).detach().requires_grad_(needed[i]) for i, x in enumerate(tensors[:ctx.count])]
+            with torch.enable_grad():
+                outs = ctx.f(*inputs)
+            outs = [(out, grad[:, start:start + ctx.size]) for out, grad in zip(outs if isinstance(outs, tuple) else (outs,), grads) if out.requires_grad]
+            leaves = {i: x for i, x in enumerate((*inputs, *ctx.parameters)) if needed[i]}
+            found = torch.autograd.grad([out for out, _ in outs], list(leaves.values()), [grad for _, grad in outs], allow_unused=True)
+            for i, grad in zip(leaves, found):
+                if grad is not None:                                       # it is, of parameters that f does not use
+                    whole = tensors[i]
+                    if i not in totals:                                    # what all chunks add to is float32: in bf16 the sum would be too coarse for the last ones
+                        shared = ctx.part(i, whole, start) is whole
+                        totals[i] = torch.zeros_like(whole, dtype=torch.promote_types(whole.dtype, torch.float32) if shared else whole.dtype)
+                    ctx.part(i, totals[i], start).add_(grad)
+        return None, None, None, None, *(totals.get(i) for i in range(len(tensors)))
+
+
+def chunk_blocks(model, size):
+    """
+    Run what is token by token in a block, all but self-attention, on `size` tokens at a time, in forward and again in backward. Kept are 12 bytes per token,
+    layer and channel (in bf16: the residual stream, q, k, v and the output of attention), and what backward makes of one block no longer grows with the
+    video. It costs a second forward of the matrices: 9 % of the FLOPs of forward and backward at 32,760 tokens (1.3B). 0: not at all.
+    """
+    def in_chunks(block, f, cut):
+        def chunked(*inputs):
+            parameters = [p for p in block.parameters() if p.requires_grad]              # in each forward: FSDP swaps them
+            return Chunks.apply(f, size, cut, len(inputs), *inputs, *parameters)
+        return chunked
+    for block in model.blocks if size else ():
+        block.before_attention = in_chunks(block, block.before_attention, 4)
+        block.after_attention = in_chunks(block, block.after_attention, 3)
+
+
+def compile_blocks(model):
+    """
+    torch.compile of what is cheap in each block (norms, modulation, rotation, GELU, gates), one kernel each; matrices and attention are kernels already.
+    These functions never see that a gradient is wanted (model.Recompute), so policy and reference run the same ones and stay equal bit for bit.
+    """
+    for module in model.blocks.modules():
+        if not list(module.children()) and not isinstance(module, torch.nn.Linear):
+            module.forward = torch.compile(module.forward)
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ Submodules are named as in the original checkpoints, so their state dicts load w
 Numbers: the large matrices and attention run in the dtype of the parameters (bf16 on GPUs); the timestep path, modulation, the insides of
 the norms, the residual stream and the head run in float32 whatever that dtype is. "float32" here is promote_types(dtype, float32), so that a
 model in float64 stays in float64. Nothing relies on autocast, nor on FSDP casting the inputs of blocks (use cast_forward_inputs=False).
+Memory: what matrices and attention make is kept for backward; norms, modulation, rotation and GELU are cheap and done again (recompute).
 
 Axes: B C F H W for video; L video tokens, T context tokens, D width, N heads, K = D / N; U distinct timesteps.
 """
@@ -17,6 +18,7 @@ import os
 import re
 import struct
 from dataclasses import asdict, dataclass
+from functools import reduce
 from pathlib import Path
 
 import torch
@@ -45,11 +47,7 @@ class WanConfig:
 
     @property
     def model_type(self):             # the official word, which follows from the rest
-        if self.image_pos_len:
-            return "flf2v"
-        if self.in_dim > self.out_dim:
-            return "i2v"
-        return "ti2v" if self.out_dim == 48 else "t2v"
+        return "flf2v" if self.image_pos_len else "i2v" if self.in_dim > self.out_dim else "ti2v" if self.out_dim == 48 else "t2v"
 
     def condition_shapes(self, latents):
         """latents: the shape (C, F, H, W) of a sample -> {name: shape} of what goes with it; ti2v without first_latent is text-to-video."""
@@ -74,11 +72,53 @@ CONFIGS = {
 # ---------------------------------------------------------------------------------------------------------------------------------
 # the parts
 
+class Recompute(torch.autograd.Function):
+    """See recompute(). Backward keeps the inputs of f and the weights of the layers, and makes again what f made."""
+    @staticmethod
+    def forward(ctx, f, count, *tensors):                                # `count` inputs of f, then weight, bias, weight, bias, ...
+        ctx.f, ctx.count = f, count
+        ctx.save_for_backward(*tensors)
+        outs = f(*(x.detach() for x in tensors[:count]))                 # detached, so that torch.compile sees one case for policy and reference
+        *others, h = outs if isinstance(outs, tuple) else (outs,)
+        layers = zip(tensors[count::2], tensors[count + 1::2])
+        return *others, *([F.linear(h, weight.to(h.dtype), bias.to(h.dtype)) for weight, bias in layers] or [h])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        tensors, layer_grads = ctx.saved_tensors, []                     # asked for once only, or a checkpoint raises
+        inputs = [x.detach().requires_grad_(needed) for x, needed in zip(tensors[:ctx.count], ctx.needs_input_grad[2:])]
+        with torch.enable_grad():
+            outs = ctx.f(*inputs)
+        *others, h = outs if isinstance(outs, tuple) else (outs,)
+        of_layers, shape, dtype = [grad.flatten(0, -2) for grad in grads[len(others):]], h.shape, h.dtype
+        for grad, needed in zip(of_layers, ctx.needs_input_grad[2 + ctx.count::2]):
+            layer_grads += [grad.t() @ h.detach().flatten(0, -2) if needed else None, grad.sum(0)]
+        edges = [torch.autograd.graph.get_gradient_edge(out) if out.requires_grad else None for out in (*others, h)]
+        del outs, others, h                                              # before the gradient of h, which is as large, is there
+        h_grad = None
+        for grad, weight in zip(of_layers, tensors[ctx.count::2]):
+            h_grad = grad @ weight.to(dtype) if h_grad is None else h_grad.addmm_(grad, weight.to(dtype))
+        grads = grads if h_grad is None else (*grads[:len(edges) - 1], h_grad.view(shape))
+        edges, grads = zip(*[(edge, grad) for edge, grad in zip(edges, grads) if edge]) if any(edges) else ((), ())
+        del h_grad
+        found = iter(torch.autograd.grad(edges, [x for x in inputs if x.requires_grad], grads) if edges else ())
+        return None, None, *(next(found) if x.requires_grad else None for x in inputs), *layer_grads
+
+
+def recompute(f, inputs, *layers):
+    """
+    Linear layers of something cheap: h = f(*inputs), or *others, h = f(*inputs). Returns (*others, *(layer(h) for layer in layers)), or h in their place
+    without layers; not a tuple if it is one tensor. Layers compute in the dtype of h. Gradients flow to inputs and layers, to nothing else that f uses.
+    """
+    outs = Recompute.apply(f, len(inputs), *inputs, *(tensor for layer in layers for tensor in (layer.weight, layer.bias)))
+    return outs if len(outs) > 1 else outs[0]
+
+
 class Linear32(nn.Linear):
     """A linear layer that computes in float32, also where its weights arrive in bf16 (FSDP gathers all of a group in one dtype)."""
     def forward(self, x):
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
+        return recompute(lambda x: x.to(torch.promote_types(x.dtype, torch.float32)), (x,), self)
 
 
 class PatchEmbedding(nn.Conv3d):
@@ -87,76 +127,61 @@ class PatchEmbedding(nn.Conv3d):
         return F.linear(patches, self.weight.flatten(1), self.bias)
 
 
-class LayerNorm32(nn.LayerNorm):
-    """LayerNorm of the float32 residual stream; the result stays float32."""
-    def forward(self, x):
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+class ModulatedNorm(nn.LayerNorm):
+    """LayerNorm without weights, then shift and scale (U,D) by each token's timestep, in float32; the result is cast to dtype."""
+    def forward(self, x, time_index, shift, scale, dtype):
+        shift, scale = F.embedding(time_index, shift), 1 + F.embedding(time_index, scale)    # (B, 1 or L, D)
+        if scale.shape[:2] == (1, 1):                                    # one video: a single kernel
+            return F.layer_norm(x, x.shape[-1:], scale[0, 0], shift[0, 0], self.eps).to(dtype)
+        return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=self.eps), scale).to(dtype)
 
 
-class Recompute(torch.autograd.Function):
-    """Recompute.apply(f, *inputs) = f(*inputs), keeping only the inputs for backward: f is cheap and its float32 intermediates are large."""
-    @staticmethod
-    def forward(ctx, f, *inputs):
-        ctx.f = f
-        ctx.save_for_backward(*inputs)
-        return f(*inputs)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        inputs = [x.detach().requires_grad_(needed) for x, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[1:])]
-        with torch.enable_grad():
-            out = ctx.f(*inputs)
-        grads = iter(torch.autograd.grad(out, [x for x in inputs if x.requires_grad], grad))
-        return None, *(next(grads) if x.requires_grad else None for x in inputs)
+class GatedAdd(nn.Module):
+    """The residual stream x + gate * update, in float32, gate (U,D) by each token's timestep."""
+    def forward(self, x, time_index, gate, update):
+        return torch.addcmul(x, F.embedding(time_index, gate), update)
 
 
-class ModulatedNorm(nn.Module):
-    """LayerNorm without weights, then scale and shift by the timestep, in float32; the result is cast to dtype."""
-    def __init__(self, eps):
-        super().__init__()
-        self.eps = eps
-
-    def forward(self, x, shift, scale, dtype):
-        return Recompute.apply(lambda x, shift, scale: (F.layer_norm(x, x.shape[-1:], eps=self.eps) * (1 + scale) + shift).to(dtype),
-                               x, shift, scale)
+class AddNorm(nn.LayerNorm):
+    """GatedAdd, then LayerNorm of the stream, cast to the dtype of the update; returns both."""
+    def forward(self, x, time_index, gate, update, weight, bias):
+        x = torch.addcmul(x, F.embedding(time_index, gate), update)
+        return x, F.layer_norm(x, x.shape[-1:], weight.to(x.dtype), bias.to(x.dtype), self.eps).to(update.dtype)
 
 
 class RMSNorm(nn.RMSNorm):
-    """Over the whole width, all heads together; computed in float32, also on bf16, by rms_norm itself."""
-    def forward(self, x):
-        return Recompute.apply(lambda x, weight: F.rms_norm(x, x.shape[-1:], weight, self.eps), x, self.weight)
+    """Over the whole width (in float32, also on bf16, by rms_norm itself), then split into heads (B, L, N, K) and, given tables, rotated."""
+    def forward(self, x, weight, num_heads, *tables):
+        x = F.rms_norm(x, x.shape[-1:], weight, self.eps).unflatten(-1, (num_heads, -1))
+        return rotate(x, *tables) if tables else x
 
 
 def timestep_embedding(timestep, dim):
     """timestep (U,) in [0, 1000] -> (U, dim) float64, [cos, sin] of timestep * 10000^(-2i/dim); in float32 it is off by 6e-5 near 1000."""
-    frequency = 10000 ** (-torch.arange(dim // 2, dtype=torch.float64, device=timestep.device) / (dim // 2))
-    angle = timestep.double()[:, None] * frequency
+    angle = timestep.double()[:, None] * 10000 ** (-torch.arange(dim // 2, dtype=torch.float64, device=timestep.device) / (dim // 2))
     return torch.cat([angle.cos(), angle.sin()], dim=1)
 
 
 def rope_table(grid, head_dim, device):
     """
-    grid (f, h, w) in tokens -> cos, sin (L, 1, K/2) float32, computed in float64. The K/2 angles of a token are those of its frame, row and
-    column; each axis has its own exponent. Made anew in each forward, which costs next to nothing: a buffer would be cast by .to(bf16), and
-    a cache would keep what was made in inference mode or by FakeTensorMode.
+    grid (f, h, w) in tokens -> cos, sin (L, 1, K) float32, computed in float64, as rotate() takes them: each of the K/2 angles twice, the first sine
+    negative. The angles of a token are those of its frame, row and column; each axis has its own exponent. Made anew in each forward, which costs
+    next to nothing: a buffer would be cast by .to(bf16), and a cache would keep what was made in inference mode or by FakeTensorMode.
     """
     spatial = 2 * (head_dim // 6)                                        # not head_dim // 3: differs for heads other than 128
     angles = []
     for axis, (size, width) in enumerate(zip(grid, (head_dim - 2 * spatial, spatial, spatial))):
         frequency = 10000 ** (-torch.arange(0, width, 2, dtype=torch.float64, device=device) / width)
-        angle = torch.arange(size, device=device)[:, None] * frequency                       # (size, width/2)
-        shape = [1, 1, 1, width // 2]
-        shape[axis] = size
-        angles.append(angle.view(shape))
-    table = lambda f: torch.cat([f(angle).float().expand(*grid, -1) for angle in angles], dim=-1).reshape(-1, 1, head_dim // 2)
-    return table(torch.cos), table(torch.sin)
+        angle = torch.arange(size, device=device)[:, None] * frequency.repeat_interleave(2)  # (size, width)
+        angles.append(angle.view([size if i == axis else 1 for i in range(3)] + [width]))
+    table = lambda f: torch.cat([f(angle).float().expand(*grid, -1) for angle in angles], dim=-1).reshape(-1, 1, head_dim)
+    return table(torch.cos), table(torch.sin) * torch.tensor([-1.0, 1.0], device=device).repeat(head_dim // 2)
 
 
 def rotate(x, cos, sin):
-    """Rotate the interleaved pairs (x_2j, x_2j+1) of x (B, L, N, K) by the angles of rope_table, in float32."""
-    a, b = x.unflatten(-1, (-1, 2)).unbind(-1)                           # (B, L, N, K/2) each; float32 tables promote a bf16 product
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+    """Rotate the interleaved pairs (a, b) of x (B, L, N, K) by the angles of rope_table, in float32: (a cos - b sin, b cos + a sin)."""
+    swapped = x.unflatten(-1, (-1, 2)).roll(1, dims=-1).flatten(-2)      # (b, a)
+    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
 
 
 def attention(q, k, v):
@@ -165,77 +190,85 @@ def attention(q, k, v):
     return rearrange(out, "b n l k -> b l (n k)")
 
 
-class SelfAttention(nn.Module):
-    def __init__(self, config):
+class Attention(nn.Module):
+    """The layers around an attention, which Block calls; in cross-attention with an image branch, those for the image tokens too."""
+    def __init__(self, config, image=False):
         super().__init__()
         dim = config.dim
-        self.num_heads = config.num_heads
         self.q, self.k, self.v, self.o = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.norm_q, self.norm_k = RMSNorm(dim, eps=config.eps), RMSNorm(dim, eps=config.eps)
-        self.attend = attention                                          # context parallelism wraps it (fsdp_utils.ContextParallel)
-
-    def split_heads(self, x):
-        return x.unflatten(-1, (self.num_heads, -1))
-
-    def forward(self, x, cos, sin):
-        q = rotate(self.split_heads(self.norm_q(self.q(x))), cos, sin)   # (B, L, N, K)
-        k = rotate(self.split_heads(self.norm_k(self.k(x))), cos, sin)
-        v = self.split_heads(self.v(x))
-        return self.o(self.attend(q, k, v))
-
-
-class CrossAttention(SelfAttention):
-    """Attention to the text and, with an image branch, separately to the image tokens that stand before it, with the same queries."""
-    def __init__(self, config):
-        super().__init__(config)
-        self.text_len = config.text_len
-        self.has_image = config.image_dim > 0
-        if self.has_image:
-            self.k_img, self.v_img = nn.Linear(config.dim, config.dim), nn.Linear(config.dim, config.dim)
-            self.norm_k_img = RMSNorm(config.dim, eps=config.eps)
-
-    def forward(self, x, context):
-        image, text = context[:, :-self.text_len], context[:, -self.text_len:]
-        q = self.split_heads(self.norm_q(self.q(x)))
-        out = attention(q, self.split_heads(self.norm_k(self.k(text))), self.split_heads(self.v(text)))
-        if self.has_image:
-            out = out + attention(q, self.split_heads(self.norm_k_img(self.k_img(image))), self.split_heads(self.v_img(image)))
-        return self.o(out)
+        if image:
+            self.k_img, self.v_img, self.norm_k_img = nn.Linear(dim, dim), nn.Linear(dim, dim), RMSNorm(dim, eps=config.eps)
+        self.num_heads, self.attend = config.num_heads, attention        # q, k, v (B,L,N,K) -> (B,L,D); context parallelism puts its exchange around attend
 
 
 class Block(nn.Module):
+    keep_hidden = True                                                   # False: ffn[0] is done again in backward too (fsdp_utils.checkpoint_blocks)
+
     def __init__(self, config):
         super().__init__()
-        dim = config.dim
-        self.norm1 = ModulatedNorm(config.eps)
-        self.self_attn = SelfAttention(config)
-        self.norm3 = LayerNorm32(dim, eps=config.eps)
-        self.cross_attn = CrossAttention(config)
-        self.norm2 = ModulatedNorm(config.eps)
+        dim, self.num_heads, self.text_len, self.has_image = config.dim, config.num_heads, config.text_len, config.image_dim > 0
+        self.norm1 = ModulatedNorm(dim, config.eps, elementwise_affine=False)
+        self.self_attn = Attention(config)
+        self.norm3 = AddNorm(dim, eps=config.eps)
+        self.cross_attn = Attention(config, self.has_image)
+        self.norm2, self.add2 = ModulatedNorm(dim, config.eps, elementwise_affine=False), GatedAdd()
         self.ffn = nn.Sequential(nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / math.sqrt(dim))
 
+    def heads(self, norm, x, *tables):
+        """x (B, L, D) -> normed and, given tables, rotated (B, L, N, K)."""
+        return recompute(lambda x, weight, *tables: norm(x, weight, self.num_heads, *tables), (x, norm.weight, *tables))
+
+    def before_attention(self, x, time_index, cos, sin, modulation):
+        """Token by token: the stream x (B,L,D), cos and sin (1,L,1,K), modulation (U,6,D) -> q, k, v of self-attention (B,L,N,K)."""
+        attn, dtype = self.self_attn, self.ffn[0].weight.dtype           # of the matrices; x itself stays float32
+        norm = lambda x, m: self.norm1(x, time_index, m[:, 0], m[:, 1], dtype)
+        q, k, v = recompute(norm, (x, modulation), attn.q, attn.k, attn.v)
+        return self.heads(attn.norm_q, q, cos, sin), self.heads(attn.norm_k, k, cos, sin), v.unflatten(-1, (self.num_heads, -1))
+
+    def keys(self, context):
+        """-> k, v of the text (B,T,N,K) and, with an image branch, k, v of the image tokens, which stand before it."""
+        cross, image, text = self.cross_attn, context[:, :-self.text_len], context[:, -self.text_len:]
+        split = lambda v: v.unflatten(-1, (self.num_heads, -1))
+        found = [self.heads(cross.norm_k, cross.k(text)), split(cross.v(text))]
+        return found + [self.heads(cross.norm_k_img, cross.k_img(image)), split(cross.v_img(image))] if self.has_image else found
+
+    def after_attention(self, x, attended, time_index, modulation, *keys):
+        """Token by token: the stream x and what self-attention made of it (B,L,D) -> the stream after the block (B,L,D)."""
+        cross, ffn, dtype = self.cross_attn, self.ffn, attended.dtype
+        add_norm = lambda x, update, m, weight, bias: self.norm3(x, time_index, m[:, 2], update, weight, bias)
+        x, q = recompute(add_norm, (x, self.self_attn.o(attended), modulation, self.norm3.weight, self.norm3.bias), cross.q)
+        q = self.heads(cross.norm_q, q)
+        attended = reduce(torch.add, [cross.attend(q, k, v) for k, v in zip(keys[::2], keys[1::2])])         # text and image apart, with the same queries
+        x = x + cross.o(attended)                                        # no gate and no modulation here, as in Wan
+
+        norm = lambda x, m: self.norm2(x, time_index, m[:, 3], m[:, 4], dtype)
+        if self.keep_hidden:
+            update = recompute(ffn[1], (recompute(norm, (x, modulation), ffn[0]),), ffn[2])
+        else:
+            activated = lambda x, m, weight, bias: ffn[1](F.linear(norm(x, m), weight, bias))
+            update = recompute(activated, (x, modulation, ffn[0].weight, ffn[0].bias), ffn[2])
+        return recompute(lambda x, update, m: self.add2(x, time_index, m[:, 5], update), (x, update, modulation))
+
     def forward(self, x, context, time_mod, time_index, cos, sin):
         """x (B,L,D) float32, context (B,T,D), time_mod (U,6,D) float32, time_index (B,1) or (B,L), tables of rope_table -> x (B,L,D)."""
-        dtype = self.ffn[0].weight.dtype                                 # of the matrices; x itself stays float32
-        modulation = (self.modulation + time_mod).unbind(1)              # 6 of (U, D)
-        shift1, scale1, gate1, shift2, scale2, gate2 = [F.embedding(time_index, m) for m in modulation]    # (B, 1 or L, D)
-        x = x + gate1 * self.self_attn(self.norm1(x, shift1, scale1, dtype), cos, sin)
-        x = x + self.cross_attn(self.norm3(x).to(dtype), context)        # no gate and no modulation here, as in Wan
-        return x + gate2 * self.ffn(self.norm2(x, shift2, scale2, dtype))
+        modulation = self.modulation + time_mod                          # (U, 6, D): shift, scale, gate of self-attention, then of the FFN
+        q, k, v = self.before_attention(x, time_index, cos[None], sin[None], modulation)
+        return self.after_attention(x, self.self_attn.attend(q, k, v), time_index, modulation, *self.keys(context))
 
 
 class Head(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.norm = ModulatedNorm(config.eps)
-        self.head = Linear32(config.dim, math.prod(config.patch_size) * config.out_dim)
+        self.norm = ModulatedNorm(config.dim, config.eps, elementwise_affine=False)
+        self.head = nn.Linear(config.dim, math.prod(config.patch_size) * config.out_dim)
         self.modulation = nn.Parameter(torch.randn(1, 2, config.dim) / math.sqrt(config.dim))
 
     def forward(self, x, time_emb, time_index):
         """x (B,L,D), time_emb (U,D): the embedding before time_projection -> (B, L, p_f*p_h*p_w*C), all float32."""
-        shift, scale = [F.embedding(time_index, m) for m in (self.modulation + time_emb[:, None]).unbind(1)]
-        return self.head(self.norm(x, shift, scale, x.dtype))
+        norm = lambda x, m: self.norm(x, time_index, m[:, 0], m[:, 1], x.dtype)
+        return recompute(norm, (x, self.modulation + time_emb[:, None]), self.head)
 
 
 class ScoreHead(nn.Module):
@@ -262,9 +295,7 @@ class ImageEmbedding(nn.Module):
             self.emb_pos = nn.Parameter(torch.zeros(1, config.image_pos_len, config.image_dim))
 
     def forward(self, clip_features):
-        if hasattr(self, "emb_pos"):
-            clip_features = clip_features + self.emb_pos
-        return self.proj(clip_features)
+        return self.proj(clip_features + self.emb_pos if hasattr(self, "emb_pos") else clip_features)
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
@@ -273,8 +304,7 @@ class ImageEmbedding(nn.Module):
 class WanModel(nn.Module):
     def __init__(self, config):
         super().__init__()
-        self.config = config
-        dim = config.dim
+        self.config, dim = config, config.dim
         self.patch_embedding = PatchEmbedding(config.in_dim, dim, config.patch_size, stride=config.patch_size)
         self.text_embedding = nn.Sequential(nn.Linear(config.text_dim, dim), nn.GELU(approximate="tanh"), nn.Linear(dim, dim))
         self.time_embedding = nn.Sequential(Linear32(config.freq_dim, dim), nn.SiLU(), Linear32(dim, dim))
@@ -336,16 +366,21 @@ class WanModel(nn.Module):
         time_emb = self.time_embedding(timestep_embedding(timestep, self.config.freq_dim).to(x.dtype))      # (U, D)
         time_mod = self.time_projection(time_emb).unflatten(1, (6, -1))  # (U, 6, D)
 
-        context = F.pad(context, (0, 0, 0, self.config.text_len - context.shape[1])).to(dtype)
-        context = self.text_embedding(context)                           # (B, text_len, D)
+        context = self.text_embedding(F.pad(context, (0, 0, 0, self.config.text_len - context.shape[1])).to(dtype))             # (B, text_len, D)
         if clip_features is not None:
             context = torch.cat([self.img_emb(clip_features.to(dtype)), context], dim=1)
 
-        tapped = []
-        for i, block in enumerate(self.blocks):
-            x = block(x, context, time_mod, time_index, cos, sin)
-            tapped += [x] if self.config.scores and i in self.head.taps else []
-        return tapped or x, time_emb, time_index
+        ends = [tap + 1 for tap in self.head.taps] if self.config.scores else [len(self.blocks)]
+        tokens = []
+        for begin, end in zip([0, *ends], ends):
+            x = self.run_blocks(begin, end, x, context, time_mod, time_index, cos, sin)
+            tokens.append(x)
+        return tokens if self.config.scores else x, time_emb, time_index
+
+    def run_blocks(self, begin, end, x, *rest):
+        for block in self.blocks[begin:end]:
+            x = block(x, *rest)
+        return x
 
     def forward(self, x, timestep, context, y=None, clip_features=None):
         """
@@ -385,23 +420,15 @@ COMFYUI_PREFIX = "model.diffusion_model."
 SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 DIFFUSERS_NAMES = {                   # original -> diffusers; only names differ, never a shape or an order
-    "patch_embedding": "patch_embedding",
-    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
-    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
-    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
-    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
-    "time_projection.1": "condition_embedder.time_proj",
-    "img_emb.proj.0": "condition_embedder.image_embedder.norm1",
-    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj",
-    "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
-    "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
+    "patch_embedding": "patch_embedding", "time_projection.1": "condition_embedder.time_proj",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1", "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1", "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "img_emb.proj.0": "condition_embedder.image_embedder.norm1", "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
+    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj", "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
     "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
-    "head.head": "proj_out",
-    "head.modulation": "scale_shift_table",
-    "blocks.*.modulation": "blocks.*.scale_shift_table",
+    "head.head": "proj_out", "head.modulation": "scale_shift_table", "blocks.*.modulation": "blocks.*.scale_shift_table",
     "blocks.*.norm3": "blocks.*.norm2",              # the only LayerNorm with weights: third in the original's list, second in the block
-    "blocks.*.ffn.0": "blocks.*.ffn.net.0.proj",
-    "blocks.*.ffn.2": "blocks.*.ffn.net.2",
+    "blocks.*.ffn.0": "blocks.*.ffn.net.0.proj", "blocks.*.ffn.2": "blocks.*.ffn.net.2",
 }
 for ours, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2")):
     for layer, name in dict(q="to_q", k="to_k", v="to_v", o="to_out.0", norm_q="norm_q", norm_k="norm_k",

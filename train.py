@@ -22,9 +22,9 @@ import torch.distributed as dist
 import losses
 import toy
 from data import check_samples, collate, draw, fingerprint, open_data, order, randomness, write_whole
-from fsdp_utils import (ContextParallel, add_branches, append_row, checkpoint_blocks, clip_gradients, ema_update, exchange_branches, extremes, find_checkpoint,
-                        load_checkpoint, load_weights, memory_gib, memory_plan, open_errors, save_checkpoint, score_reference, shard_model, spread,
-                        start_ranks, stored_weights, swap_gradients, total)
+from fsdp_utils import (ContextParallel, add_branches, append_row, checkpoint_blocks, chunk_blocks, clip_gradients, compile_blocks, ema_update, exchange_branches,
+                        extremes, find_checkpoint, load_checkpoint, load_weights, memory_gib, memory_plan, open_errors, save_checkpoint, score_reference,
+                        shard_model, spread, start_ranks, stored_weights, swap_gradients, total)
 from losses import add_noise, flow_error, importance_weight, next_sigma, safeguard_coefficient, velocity_target
 from model import CONFIGS, ScoreHead, WanConfig, WanModel, hold_first_frame, open_wan, save_wan
 from sample import DEFAULTS, seed_of, weights_digest
@@ -85,8 +85,10 @@ def parse_args(argv):
     p.add_argument("--replicate", type=int, default=1, help="groups of ranks that each hold all weights, such as nodes; 1: shard over all ranks")
     p.add_argument("--ref", default="live", choices=["live", "offload", "cached"],
                    help="the frozen reference: sharded beside the policy | on the CPU | scored once before training, then gone")
-    p.add_argument("--checkpointing", default="off", choices=["off", "selective", "full"], help="selective keeps block inputs and attention outputs, full the inputs only")
-    p.add_argument("--offload_activations", action="store_true", help="what checkpointing keeps waits on the CPU")
+    p.add_argument("--checkpointing", default="off", choices=["off", "selective", "full"], help="bytes kept for backward: fsdp_utils.checkpoint_blocks")
+    p.add_argument("--chunk_tokens", type=int, default=0, help="run the token-wise parts of a block on so many tokens at a time; 0: on all")
+    p.add_argument("--compile", action="store_true", help="torch.compile of the cheap parts of the blocks")
+    p.add_argument("--offload_activations", action="store_true", help="what blocks keep for backward waits on the CPU")
     p.add_argument("--offload_params", action="store_true", help="weights, gradients, AdamW and EMA live on the CPU, and AdamW runs there")
     # the run's folder
     p.add_argument("--save_every", type=int, default=100)
@@ -125,7 +127,8 @@ def check_args(args, ranks):
             raise ValueError(f"--{flag} {getattr(args, flag)}: expected at least 1")
     for flag, fine, expected in (("max_grad_norm", args.max_grad_norm > 0, "above 0 ('inf' switches clipping off)"),
                                  ("learning_rate", args.learning_rate > 0, "above 0"), ("ema_decay", 0 <= args.ema_decay < 1, "0 or more, below 1"),
-                                 ("eval_clips", args.eval_clips == 0 or args.eval_clips >= 64, "0, or at least 64 (a Frechet distance of fewer says nothing)")):
+                                 ("eval_clips", args.eval_clips == 0 or args.eval_clips >= 64, "0, or at least 64 (a Frechet distance of fewer says nothing)"),
+                                 ("chunk_tokens", args.chunk_tokens >= 0, "0 or more")):
         if not fine:
             raise ValueError(f"--{flag} {getattr(args, flag)}: expected {expected}")
     draw(0, 0, (1,), args.flow_shift, args.min_timestep, args.max_timestep)   # the functions themselves check what they are given
@@ -142,8 +145,6 @@ def check_args(args, ranks):
         raise ValueError(f"--ref {args.ref} is about the reference of a loss like dpo; --loss {args.loss} has none")
     if args.branch_norms and args.backward != "sequential":
         raise ValueError(f"--branch_norms needs the branches' gradients apart, which is --backward sequential, not {args.backward}")
-    if args.offload_activations and args.checkpointing == "off":
-        raise ValueError("--offload_activations moves what checkpointing keeps; add --checkpointing selective or full")
     if args.loss == "diffusion_sdpo" and args.backward == "pair":
         raise ValueError("--loss diffusion_sdpo needs both outputs on one rank; use --backward joint or sequential")
     if args.caption_dropout and args.loss != "sft":
@@ -222,6 +223,9 @@ def build_model(args, config, ranks, checkpointing="off", offload=False):
     if ranks.cp_size > 1:
         ContextParallel(model, ranks.cp_group)
     checkpoint_blocks(model, checkpointing, args.offload_activations)
+    chunk_blocks(model, args.chunk_tokens)
+    if args.compile:
+        compile_blocks(model)
     shard_model(model, ranks.mesh, offload)
     if args.init != "scratch":
         model.to_empty(device="cpu" if offload else ranks.device)

@@ -4,6 +4,7 @@ import dataclasses
 import hashlib
 import shutil
 import weakref
+from collections import Counter
 from functools import lru_cache
 from types import SimpleNamespace
 
@@ -17,7 +18,7 @@ import losses
 import toy
 import train
 from data import open_data, read_sample
-from fsdp_utils import ContextParallel, add_branches, checkpoint_blocks, open_errors, score_reference, start_ranks
+from fsdp_utils import ContextParallel, add_branches, checkpoint_blocks, chunk_blocks, open_errors, score_reference, start_ranks
 from model import CONFIGS, WanModel, save_wan
 from world import sample_held_out
 from test_train import main_fails, on_ranks, run, same_run, train_main, world  # noqa: F401  (world is a fixture)
@@ -116,11 +117,11 @@ def worst_gradients(world, folder, flags, kinds):
 
 
 @pytest.mark.parametrize("ranks, flags", [
-    (2, ""), (2, "--backward sequential --replicate 2"), (2, "--backward pair --checkpointing selective --offload_activations"), (2, "--cp_size 2 --ref cached"),
+    (2, ""), (2, "--backward sequential --replicate 2"), (2, "--backward pair --checkpointing selective --offload_activations"), (2, "--cp_size 2 --ref cached --chunk_tokens 5 --offload_activations"),
     (2, "--cp_size 2 --backward sequential --checkpointing full --offload_activations --offload_params --ref offload"),
-    (4, "--backward pair --ref cached"), (4, "--cp_size 4"), (4, "--cp_size 2 --backward pair"),
+    (4, "--backward pair --ref cached"), (4, "--cp_size 4 --checkpointing selective"), (4, "--cp_size 2 --backward pair"),
     (4, "--replicate 2 --backward sequential --offload_params --checkpointing selective --offload_activations"),
-    (8, "--cp_size 2 --backward pair --replicate 2 --checkpointing full")])
+    (8, "--cp_size 2 --backward pair --replicate 2 --checkpointing full --chunk_tokens 9")])
 def test_the_gradient_of_every_loss_is_that_of_one_process_and_one_graph(world, plain, ranks, flags):
     refused = ({"sft"} if "--backward" in flags else set()) | ({"diffusion_sdpo"} if "pair" in flags else set())
     kinds = [loss for loss in LOSSES if loss not in refused]
@@ -242,12 +243,14 @@ def test_the_plan_says_what_is_on_each_rank_and_what_on_the_cpu():
     ranks = SimpleNamespace(mesh=SimpleNamespace(shape=(2, 8)), device=torch.device("cpu"), cp_size=4)
     plan = lambda *flags: fsdp_utils.memory_plan(train.parse_args(flags), CONFIGS["wan2.1-t2v-1.3b"], 2 ** 31, 2 ** 15 - 3, 2, True, ranks)
     # 2^31 numbers of 4 bytes over 8 ranks are 1 GiB
-    assert "weights 1.000, gradients 1.000, AdamW 2.000, reference 1.000, ema 1.000; all activations" in plan()
-    # 2 videos x 30 blocks x 2^13 tokens x 1536 numbers x 4 bytes = 2.8125 GiB; with two attention outputs three times that
-    line = plan("--checkpointing", "full", "--offload_params", "--ref", "offload", "--ema_decay", "0")
-    assert "weights 1.000 (CPU), gradients 1.000 (CPU), AdamW 2.000 (CPU), reference 1.000 (CPU), kept activations 2.812; one block" in line
+    assert "weights 1.000, gradients 1.000, AdamW 2.000, reference 1.000, ema 1.000, kept activations 52.969; on top" in plan()
+    # 2 videos x 30 blocks x 2^13 tokens x 1536 numbers = 0.703125 * 2^30, of 2 bytes (every second stream), 4, 52, 8 + (11 + 8960 / 1536) * 4
+    line = plan("--checkpointing", "full", "--offload_params", "--chunk_tokens", "4096", "--ref", "offload", "--ema_decay", "0")
+    assert "weights 1.000 (CPU), gradients 1.000 (CPU), AdamW 2.000 (CPU), reference 1.000 (CPU), kept activations 1.406; on top" in line
     line = plan("--checkpointing", "selective", "--offload_activations", "--ref", "cached", "--branch_norms", "--backward", "sequential")
-    assert "gradients 2.000" in line and "reference 1.000 while it is scored, then 0" in line and "kept activations 8.438 (CPU)" in line
+    assert "gradients 2.000" in line and "reference 1.000 while it is scored, then 0" in line and "kept activations 36.562 (CPU)" in line
+    assert "kept activations 14.062;" in plan("--chunk_tokens", "4096") and "kept activations 2.812 (CPU)" in plan("--checkpointing", "full", "--offload_activations")
+    assert "kept activations 0.000" in plan("--loss", "preference")
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -275,33 +278,36 @@ class Late(fsdp_utils.Offload):
             target.copy_(source())
             self.asked[self.done], self.done = None, self.done + 1
 
-    def pack(self, x):
-        kept = super().pack(x)
+    def keep(self, x):
+        kept = super().keep(x)
         self.most = max(self.most, sum(ref() is not None and ref().x is not None for ref in self.leaving))
         return kept
 
 
-@pytest.mark.parametrize("mode, a_block", [("full", 1), ("selective", 3)])
-def test_offloaded_activations_are_copied_before_they_leave_and_back_before_they_are_used(monkeypatch, mode, a_block):
+@pytest.mark.parametrize("mode, size, expected", [("full", 0, {1: 5}), ("off", 5, {1: 5 * 5}), ("selective", 0, {1: 5 * 13}), ("off", 0, {1: 5 * 13, 2: 5}), ("full", 5, {1: 5})])
+def test_offloaded_activations_are_copied_before_they_leave_and_back_before_they_are_used(monkeypatch, mode, size, expected):
     torch.manual_seed(0)
-    plain = WanModel(dataclasses.replace(CONFIG, num_layers=5))
+    plain = WanModel(dataclasses.replace(CONFIG, num_layers=5, text_len=4))
     torch.nn.init.normal_(plain.head.head.weight, std=0.2)
-    late, shapes = copy.deepcopy(plain), []
+    late = copy.deepcopy(plain)
     monkeypatch.setattr(fsdp_utils, "Offload", Late)
-    checkpoint_blocks(plain, mode)
     checkpoint_blocks(late, mode, offload=True)
+    for model in (plain, late):
+        chunk_blocks(model, size)
     store = Late.made[-1]
+
+    def buffers():                                                       # hidden states of 2 videos of 27 tokens, of the FFN twice as wide, and nothing else
+        return Counter(len(buffer) / (2 * 27 * 32 * 4) for buffer in store.free)
     for turn in range(2):
-        inputs = torch.randn(2, 12, 3, 4, 6), torch.tensor([900.0, 300.0]), torch.randn(2, 5, 32)
+        inputs = torch.randn(2, 12, 3, 6, 6), torch.tensor([900.0, 300.0]), torch.randn(2, 3, 32)
         for model in (plain, late):
             model.zero_grad()
             model(*inputs).square().mean().backward()
         assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain.parameters(), late.parameters()))
-        assert len(store.free) == 5 * a_block and store.most == 2        # used again in the second turn; two at a time still on the device
-        assert all(len(buffer) == 2 * 18 * 32 * 4 for buffer in store.free)                            # hidden states, and nothing else
+        assert buffers() == expected and store.most == 2                 # used again in the second turn; two at a time still on the device
     with torch.no_grad():
         late(*inputs)
-    assert len(store.free) == 5 * a_block
+    assert buffers() == expected
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -401,7 +407,6 @@ def test_a_cache_of_another_seed_or_of_changed_data_is_refused_before_anything_i
     ("--cp_size 0", ["--cp_size 0"]),
     ("--replicate 2", ["--replicate 2", "1 ranks do not divide into 2 groups"]),
     ("--branch_norms", ["--branch_norms", "--backward sequential"]),
-    ("--offload_activations", ["--offload_activations", "--checkpointing selective or full"]),
     ("--loss sft --ref cached", ["--ref cached", "--loss sft has none"]),
 ])
 def test_flags_that_do_not_go_together_are_refused_with_the_reason(world, tmp_path, flags, words):
