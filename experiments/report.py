@@ -1,74 +1,161 @@
 """
-Tables and figures of an experiment, from experiments/logs/EXPERIMENT.
+Every table of docs/RESULTS.md and every figure it shows, from experiments/logs.
 
-    python experiments/report.py losses          # -> docs/losses.md, docs/losses.png   (needs matplotlib)
+    python experiments/report.py          # rewrites the tables in docs/RESULTS.md and docs/results_*.png   (needs matplotlib)
 
-Every number is the mean over seeds, +- the largest distance of a seed from it.
+A number is the mean over seeds, ± the farthest seed; without ± there was one seed.
 """
 import json
+import re
 import sys
 from pathlib import Path
 
-HERE = Path(__file__).resolve().parent
-MARKS = ("direction", "shape", "drift", "size", "background", "broken", "frechet")
-CURVES = ("win_gap", "lose_gap", "accuracy", "dgr")
+import matplotlib
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).resolve().parent.parent
+MARKS = ("direction", "shape", "drift", "background", "broken", "frechet")
+COLUMNS = "| | seeds | direction | shape | drift | background | broken | Fréchet | win_gap | lose_gap |\n" + "| --- " * 10 + "|\n"
 
 
 def read(experiment):
-    """-> {setting: [run, run, ...]}, a run as experiments/run.py keeps it."""
+    """-> {setting: [run, run, ...]}, a run as experiments/run.py keeps it, in run.py's order of settings."""
     runs = {}
-    for file in sorted((HERE / "logs" / experiment).glob("*.json")):
+    for file in sorted((ROOT / "experiments" / "logs" / experiment).glob("*.json")):
         runs.setdefault(file.stem.rsplit("_", 1)[0], []).append(json.loads(file.read_text()))
-    if not runs:
-        sys.exit(f"no logs in {HERE / 'logs' / experiment}; make them with: python experiments/run.py {experiment}")
     return runs
 
 
-def spread(values):
-    mean = sum(values) / len(values)
-    return f"{mean:.3f}" + (f" ± {max(abs(value - mean) for value in values):.3f}" if len(values) > 1 else "")
+def mean(values):
+    values = list(values)
+    return sum(values) / len(values)
 
 
-def table(runs):
-    lines = ["| | seeds | " + " | ".join(MARKS) + " | win_gap | lose_gap |", "| --- " * (len(MARKS) + 4) + "|"]
+def spread(values, digits=3):
+    middle = mean(values)
+    return f"{middle:.{digits}f}" + (f" ± {max(abs(value - middle) for value in values):.{digits}f}" if len(values) > 1 else "")
+
+
+def mark(runs, name):
+    return [run["marks"]["after"][name] for run in runs]
+
+
+def gap(runs, name):
+    """Mean of the last 50 steps (ten rows) of each run, [] where the loss has none."""
+    return [mean(row[name] for row in run["log"][-10:]) for run in runs if name in run["log"][0]]
+
+
+def line(title, runs):
+    gaps = [spread(gap(runs, name)) if gap(runs, name) else "" for name in ("win_gap", "lose_gap")]
+    return f"| {title} | {len(runs)} | " + " | ".join([spread(mark(runs, name)) for name in MARKS] + gaps) + " |\n"
+
+
+def table(runs, names=None):
     before = next(iter(runs.values()))[0]["marks"]["before"]
-    lines.append("| base | | " + " | ".join(f"{before[name]:.3f}" for name in MARKS) + " | 0 | 0 |")
-    for setting, of_setting in runs.items():
-        gaps = [spread([sum(row[gap] for row in run["log"][-10:]) / 10 for run in of_setting]) if gap in of_setting[0]["log"][0] else ""
-                for gap in ("win_gap", "lose_gap")]
-        lines.append(f"| {setting} | {len(of_setting)} | " + " | ".join(spread([run["marks"]["after"][name] for run in of_setting]) for name in MARKS)
-                     + " | " + " | ".join(gaps) + " |")
-    return "\n".join(lines) + "\n"
+    base = "| base | | " + " | ".join(f"{before[name]:.3f}" for name in MARKS) + " | 0 | 0 |\n"
+    return COLUMNS + base + "".join(line(name, runs[name]) for name in names or runs if name in runs)
 
 
-def figure(runs, path):
-    import matplotlib
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, len(CURVES), figsize=(4.5 * len(CURVES), 3.6))
-    for setting, of_setting in runs.items():
-        for axis, name in zip(axes, CURVES):
-            if name not in of_setting[0]["log"][0]:
-                continue
-            rows = zip(*([row[name] for row in run["log"]] for run in of_setting))
-            mean = [sum(row) / len(row) for row in rows]
-            smooth = [sum(mean[max(0, i - 4):i + 1]) / len(mean[max(0, i - 4):i + 1]) for i in range(len(mean))]
-            axis.plot([row["step"] for row in of_setting[0]["log"]], smooth, label=setting, linewidth=1.4)
-            axis.set_title(name)
-            axis.set_xlabel("step")
-    for axis, name in zip(axes, CURVES):
-        if name.endswith("gap"):
-            axis.set_yscale("symlog", linthresh=0.01)
-            axis.axhline(0, color="grey", linewidth=0.6)
+def grid(runs, loss):
+    """drift and background after 100 steps for each beta (rows) and learning rate (columns)."""
+    found = {tuple(map(float, re.fullmatch(rf"{loss}_beta(.+)_lr(.+)", name).groups())): of for name, of in runs.items() if name.startswith(f"{loss}_beta")}
+    betas, rates = sorted({beta for beta, _ in found}), sorted({rate for _, rate in found})
+    text = f"| beta, {loss} | " + " | ".join(f"lr {rate:g}" for rate in rates) + " |\n" + "| --- " * (len(rates) + 1) + "|\n"
+    for beta in betas:
+        cells = [f"{spread(mark(found[beta, rate], 'drift'), 2)} / {spread(mark(found[beta, rate], 'background'), 2)}" if (beta, rate) in found else "" for rate in rates]
+        text += f"| {beta:g} | " + " | ".join(cells) + " |\n"
+    return text
+
+
+def identity(runs):
+    """Largest relative difference from Reg-DPO (r = dgr) of what the policy's errors are, up to a step."""
+    steps = (1, 10, 30, 100)
+    text = "| | " + " | ".join(f"to step {step}" for step in steps) + " |\n" + "| --- " * (len(steps) + 1) + "|\n"
+    of = lambda name: [row["err_win"] for row in runs[name][0]["log"]]
+    for name in ("lose_half", "lose_half_unscaled"):
+        away = [abs(a - b) / b for a, b in zip(of(name), of("regdpo"))]
+        text += f"| {name} | " + " | ".join(f"{max(away[:step]):.1e}" for step in steps) + " |\n"
+    return text
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# figures
+
+def smooth(rows, width=5):
+    return [mean(rows[max(0, i - width + 1):i + 1]) for i in range(len(rows))]
+
+
+def curves(runs, names, shown, path):
+    figure, axes = plt.subplots(1, len(shown), figsize=(4.4 * len(shown), 3.6))
+    for setting in (name for name in names if name in runs):
+        for axis, name in zip(axes, shown):
+            if name in runs[setting][0]["log"][0]:
+                values = [mean(row) for row in zip(*([row[name] for row in run["log"]] for run in runs[setting]))]
+                axis.plot([row["step"] for row in runs[setting][0]["log"]][:len(values)], smooth(values), label=setting, linewidth=1.4)
+                axis.set(title=name, xlabel="step")
+                if name.endswith("gap"):
+                    axis.set_yscale("symlog", linthresh=0.01)
+                    axis.axhline(0, color="grey", linewidth=0.6)
     axes[0].legend(fontsize=7)
+    save(figure, path)
+
+
+def save(figure, path):
     figure.tight_layout()
-    figure.savefig(path, dpi=110)
+    figure.savefig(ROOT / "docs" / path, dpi=100)
+    plt.close(figure)
+
+
+def trade(runs, path):
+    """What each objective pays in the picture for what it gains in motion: a dot a seed."""
+    figure, axes = plt.subplots(1, 2, figsize=(11, 4.2))
+    before = next(iter(runs.values()))[0]["marks"]["before"]
+    for axis, (x, y) in zip(axes, (("background", "drift"), ("frechet", "broken"))):
+        axis.plot(before[x], before[y], "k*", markersize=13, label="base")
+        for number, (name, of_setting) in enumerate(runs.items()):
+            axis.plot(mark(of_setting, x), mark(of_setting, y), "osD^v"[number // 10 % 5] if number > 9 else "o", color=f"C{number % 10}", label=name, markersize=6, alpha=0.85)
+        axis.set(xlabel=f"{x} (lower is better)", ylabel=f"{y} (lower is better)")
+    axes[1].legend(fontsize=7, bbox_to_anchor=(1.02, 1), loc="upper left")
+    save(figure, path)
+
+
+def weights(losses, sweep, path):
+    """Marks against the weight of the SFT term: fixed, and in multiples of the gradient ratio."""
+    runs = sweep | {name: losses[name] for name in ("regdpo_r500", "regdpo_r_scale_0.2") if name in losses} | {"r_scale_1": losses["regdpo"]}
+    number = lambda name: float(re.search(r"(?:_|^)r(?:_scale_)?([\d.]+)$", name).group(1))
+    figure, axes = plt.subplots(1, 4, figsize=(16, 3.4))
+    for axis, name in zip(axes, ("drift", "background", "broken", "frechet")):
+        for label, scaled in (("r = k dgr, at 500 k", True), ("fixed r", False)):
+            points = sorted((number(setting) * (500 if scaled else 1), setting) for setting in runs if ("scale" in setting) == scaled)
+            axis.plot([x for x, _ in points], [mean(mark(runs[setting], name)) for _, setting in points], "o-", label=label)
+        for label, y in (("base", losses["dpo"][0]["marks"]["before"][name]), ("SFT", mean(mark(losses["sft"], name))), ("DPO", mean(mark(losses["dpo"], name)))):
+            axis.axhline(y, linestyle="--", linewidth=0.8, color={"base": "k", "SFT": "C2", "DPO": "C3"}[label], label=label)
+        axis.set(title=f"{name} (lower is better)", xscale="log", xlabel="r")
+    axes[0].legend(fontsize=7)
+    save(figure, path)
+
+
+def main():
+    page = ROOT / "docs" / "RESULTS.md"
+    losses, sweep, beta, same, pairs, former = (read(name) for name in ("losses", "r", "beta", "identity", "pairs", "former_base"))
+    tables = {"losses": table(losses), "r": table(sweep | {name: losses[name] for name in ("regdpo", "regdpo_r_scale_0.2", "regdpo_r500")}) if sweep else "",
+              "beta dpo": grid(beta, "dpo"), "beta regdpo": grid(beta, "regdpo"), "identity": identity(same) if same else "",
+              "pairs": table(pairs) if pairs else "", "former base": table(former) if former else ""}
+    text = page.read_text()
+    for name, content in tables.items():
+        text, found = re.subn(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", lambda match: match[1] + content + match[2], text, flags=re.S)
+        if not found:
+            sys.exit(f"{page} has no place for the table '{name}': <!-- table: {name} --> ... <!-- end -->")
+    page.write_text(text)
+    curves(losses, ("sft", "dpo", "regdpo", "dpo_cm", "sdpo", "ipo"), ("win_gap", "lose_gap", "accuracy", "dgr"), "results_losses.png")
+    trade(losses, "results_trade.png")
+    if sweep:
+        weights(losses, sweep, "results_r.png")
+    if beta:
+        curves(beta, [name for name in beta if name.endswith("_lr0.0005")], ("win_gap", "lose_gap", "accuracy", "dgr"), "results_beta.png")
+    print("docs/RESULTS.md, docs/results_*.png")
 
 
 if __name__ == "__main__":
-    name = sys.argv[1] if len(sys.argv) == 2 else sys.exit("usage: python experiments/report.py EXPERIMENT")
-    runs = read(name)
-    docs = HERE.parent / "docs"
-    (docs / f"{name}.md").write_text(table(runs))
-    figure(runs, docs / f"{name}.png")
-    print(table(runs) + f"written to docs/{name}.md and docs/{name}.png")
+    main()
