@@ -8,7 +8,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import toy
-from data import contact_sheet, read_header, write_sample, write_whole
+from data import contact_sheet, open_data, read_header, write_sample, write_whole
 from fsdp_utils import spread
 from model import load_wan
 from sample import generate, make_negatives, seed_of, weights_digest
@@ -16,24 +16,33 @@ from sample import generate, make_negatives, seed_of, weights_digest
 SHAPE = (toy.CHANNELS, toy.FRAMES, toy.SIDE // toy.BLOCK, toy.SIDE // toy.BLOCK)     # of a clip's latents
 
 
-def make_real(folder, count):
+def make_real(folder, count, seed=0, held_out=False):
     """folder/real/00000.safetensors and so on: the same clips whoever asks."""
     paths = [folder / "real" / f"{i:05d}.safetensors" for i in range(count)]
     if not all(path.exists() for path in paths):                              # a run that was killed here does it again, to the same files
-        for path, caption, video in zip(tqdm(paths, desc="real clips", unit="clip"), *toy.make_clips(count, seed=0)):
+        for path, caption, video in zip(tqdm(paths, desc="real clips", unit="clip"), *toy.make_clips(count, seed, held_out)):
             write_sample(path, toy.encode_pixels(video), toy.encode_text(caption), {"prompt": caption, "source": "embedded world"})
 
 
 def make_world(args, config, ranks):
-    """
-    The default --data: real clips of the embedded world and, for a loss on pairs, the base model's own clips of the same captions. Made once.
+    """The default --data. Returns its folder."""
+    return make_set(args, config, ranks, f"toy_{args.toy_clips}", args.toy_clips, pairs=args.loss != "sft")
 
-    Returns the folder. Real clips hang on their number only and negatives on the base's weights too, hence the name.
+
+def held_out_pairs(args, config, ranks, count=16):
+    """The PairSet of a probe: captions that are never trained on."""
+    return open_data(make_set(args, config, ranks, f"toy_held_out_{count}", count, seed=3, held_out=True), pairs=True)
+
+
+def make_set(args, config, ranks, name, count, seed=0, held_out=False, pairs=True):
     """
-    pairs = args.loss != "sft"
-    folder = Path("data") / (f"toy_{args.toy_clips}" + (f"_{weights_digest(args.init)}_{args.sample_steps}steps_guidance{args.guidance:g}_shift{args.flow_shift:g}" if pairs else ""))
+    Real clips of the embedded world and, for `pairs`, the base model's own clips of the same captions. Made once.
+
+    Returns the folder. Real clips hang on their number only and negatives on the base's weights too, hence its name.
+    """
+    folder = Path("data") / (name + (f"_{weights_digest(args.init)}_{args.sample_steps}steps_guidance{args.guidance:g}_shift{args.flow_shift:g}" if pairs else ""))
     if ranks.rank == 0:
-        make_real(folder, args.toy_clips)
+        make_real(folder, count, seed, held_out)
     dist.barrier()
     if pairs:
         model = load_wan(args.init, config).to(ranks.device).eval().requires_grad_(False)    # whole on every rank: each makes its own share
