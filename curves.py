@@ -121,6 +121,9 @@ def reference_moved(rows):
     probes = [row["probe"]["ref_err_win"] for row in rows if "ref_err_win" in row.get("probe", {})]
     if probes and any(abs(now - first) > 0.01 * first for now, first in zip(probes[-1], probes[0])):
         return "the reference's errors on the probe have changed since the first probe of this log: other weights, another data folder or another machine than it began with"
+    recent = late(rows)[:-1]
+    if len(recent) > 9 and rows[-1].get("margin_abs", 1.0) < 1e-3 * mean(recent, "margin_abs"):
+        return "margins were " + f"{mean(recent, 'margin_abs'):.2g} and are 0 at once: the reference has become the policy, and what was learnt until now no longer counts"
     begun = [row for row in rows if row["step"] < rows[0]["step"] + WINDOW]
     if is_long(rows, 2 * WINDOW) and len(begun) > 4 and not 0.6 < mean(late(rows), "ref_err_win") / mean(begun, "ref_err_win") < 1.7:
         return (f"the reference's error of wins was {mean(begun, 'ref_err_win'):.3g} on average at the start and is {mean(late(rows), 'ref_err_win'):.3g}: the reference moved, "

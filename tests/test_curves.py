@@ -90,6 +90,12 @@ def test_a_reference_that_scores_the_probe_otherwise_than_at_first_has_moved():
     assert told(lambda step: probe(0.7, (0.1, 0.3001 if step > 300 else 0.3)) if step % 100 == 99 else {}, steps=700) == {}    # rounding of another number of ranks
 
 
+def test_a_reference_that_is_replaced_by_the_policy_is_told_at_once():
+    found = told(lambda step: {"margin_abs": 0.0 if step == 90 else 2.0})
+    assert list(found) == ["reference_moved"] and found["reference_moved"][0] == 90
+    assert told(lambda step: {"margin_abs": 0.5 + step % 7}) == {}
+
+
 def test_a_loss_without_pairs_has_no_verdicts():
     watch = Watch()
     assert not any(watch({"step": step, "loss": 0.2, "err_win": 0.2, "skipped": 0}) for step in range(200))
