@@ -30,7 +30,7 @@ from losses import add_noise, flow_error, importance_weight, next_sigma, safegua
 from model import CONFIGS, ScoreHead, WanConfig, WanModel, hold_first_frame, open_wan, save_wan
 from probe import Probe, add_up, audit_report, diagnostics, hold_back, sigma_steps, summarise
 from sample import DEFAULTS, seed_of, weights_digest
-from world import HeldOut, held_out_pairs, make_world, of_the_world, sample_held_out
+from world import HeldOut, Preview, held_out_pairs, make_world, of_the_world
 
 HERE = Path(__file__).resolve().parent
 BOUNDARIES = {f"wan2.2-{kind}-a14b": 1000 * DEFAULTS[f"{kind} a14b"]["boundary"] for kind in ("t2v", "i2v")}    # timesteps from here up are the high-noise expert's
@@ -206,6 +206,8 @@ def check_expert(args):
         if not any(first <= args.min_timestep and args.max_timestep <= last for first, last in sides):
             raise ValueError(f"--min_timestep {args.min_timestep:g} --max_timestep {args.max_timestep:g}: --init {args.init} is one of the two experts of {args.model} "
                              f"and samples only at timesteps {' or '.join(f'{first:g} to {last:g}' for first, last in sides)}, after the shift; train it there")
+        if args.sample_every:
+            raise ValueError(f"--sample_every: one expert of {args.model} cannot sample alone; run sample.py on a folder with the export and the other expert")
 
 
 def build_model(args, config, ranks, checkpointing="off", offload=False):
@@ -413,8 +415,6 @@ def main(args):
     dataset, held_back = hold_back(dataset, args.hold_back) if args.hold_back else (dataset, None)
     check_samples(dataset.wins | (held_back.wins if held_back else {}), config, per_rank)
     of_world = of_the_world(dataset)
-    if args.sample_every and not of_world:
-        raise ValueError(f"--sample_every samples captions of the embedded world, and {args.data} is not of it; run sample.py on the export instead")
     first = dataset[0]
 
     # ---------------- what decides the run
@@ -483,10 +483,13 @@ def main(args):
     if needs_pairs and ranks.rank == 0:
         print(audit_report(dataset, args.min_timestep / 1000))
     evaluated = args.eval_clips and of_world
-    held_out = HeldOut(args.eval_clips) if evaluated and not trained.scores else None              # a preference model samples nothing
+    held_out = None                                                           # a preference model samples nothing
+    if not trained.scores and (evaluated or args.sample_every):
+        held_out = HeldOut(args.eval_clips) if evaluated else Preview(held_back or dataset)
     if held_out and args.init != "scratch":
         before = ref if ref is not None else build_model(args, config, ranks)
-        held_out.judge("before", sample_held_out(args, before, held_out.captions, ranks), shown=True)
+        held_out.judge("before", held_out.sample(args, before, ranks), shown=True)
+        del before
 
     def positions(step):                                                      # of this rank, a range for each accumulation step
         begins = [step * args.batch_size + (micro * ranks.data_ranks + ranks.data_rank) * per_rank for micro in range(args.grad_accum)]
@@ -561,9 +564,9 @@ def main(args):
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             checkpoint = save_checkpoint(args.out, step + 1, policy, optimizer, ema, fixed | {"config": asdict(trained)}, args.keep)
         if args.sample_every and (step + 1) % args.sample_every == 0 and step + 1 < args.steps and held_out:
-            videos = held_out.judge(f"step {step + 1}", sample_held_out(args, policy if ema is None else ema, held_out.captions, ranks))
+            videos = held_out.judge(f"step {step + 1}", held_out.sample(args, policy if ema is None else ema, ranks))
             if ranks.rank == 0:
-                held_out.picture(args.out / "samples" / f"step_{step + 1:06d}.png", now=videos)
+                held_out.picture(args.out / "samples" / f"step_{step + 1:06d}", now=videos)
 
     # ---------------- what came out
     if ranks.rank == 0:
@@ -576,7 +579,7 @@ def main(args):
         if ranks.rank == 0:
             write_whole(args.out / "samples" / "marks.json", json.dumps(right, indent=1).encode())
     if held_out:
-        videos = held_out.judge("after", sample_held_out(args, policy if ema is None else ema, held_out.captions, ranks))
+        videos = held_out.judge("after", held_out.sample(args, policy if ema is None else ema, ranks))
         if ranks.rank == 0:
             held_out.close(args.out / "samples", after=videos)
     dist.barrier()

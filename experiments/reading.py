@@ -1,7 +1,7 @@
 """
 The runs behind docs/CURVES.md, one of each kind that a log can show, and their figures.
 
-    python experiments/reading.py run             # all, one after the other, each about 3 minutes of a core; or: run dpo slow
+    python experiments/reading.py run             # all, one after the other, one to five minutes of a core each; or: run dpo slow
     python experiments/reading.py                 # docs/curves/*.png from experiments/logs/curves (needs matplotlib), and every verdict
 
 A run that has ended is not run again. Its rows are kept in experiments/logs/curves/NAME.jsonl with what the pictures and the rules read.
@@ -20,8 +20,8 @@ KEPT = ("step", "loss", "loss_dpo", "loss_sft", "accuracy", "margin", "margin_ab
         "ref_err_win", "ref_err_lose", "grad_norm", "lr", "skipped", "probe", "verdicts")
 RUNS = {
     "healthy": ["--loss", "regdpo", "--beta", "100"],
-    "regdpo": ["--loss", "regdpo"],
-    "dpo": ["--loss", "dpo"],
+    "regdpo": ["--loss", "regdpo", "--ref", "cached", "--steps", "300", "--batch_size", "16"],
+    "dpo": ["--loss", "dpo", "--ref", "cached", "--steps", "300", "--batch_size", "16"],
     "separable": ["--loss", "dpo", "--guidance", "2", "--min_timestep", "0"],      # losers with guidance, all sigmas
     "by_heart": ["--loss", "dpo", "--toy_clips", "16", "--steps", "150"],
     "high_beta": ["--loss", "dpo", "--beta", "30000"],
@@ -42,13 +42,13 @@ def identical_pairs():
 
 
 def train_with_moving_reference(argv):
-    """train.py whose reference becomes the policy at step 60, as a trainer does that loads it from the wrong place, or refreshes it."""
+    """train.py whose reference becomes the policy at step 50, as a trainer does that loads it from the wrong place, or refreshes it."""
     import torch
     import train
     backward, steps = train.backward_batch, iter(range(10 ** 6))
 
     def spoilt(args, policy, ref, *rest):
-        if next(steps) == 60:
+        if next(steps) == 50:
             with torch.no_grad():
                 for mine, theirs in zip(ref.parameters(), policy.parameters()):
                     mine.copy_(theirs)
@@ -65,7 +65,7 @@ def run(name):
     if name == "identical":
         identical_pairs()
     shutil.rmtree(out, ignore_errors=True)                                    # of a run that was stopped
-    flags = ["--steps", "100", "--eval_clips", "0", "--save_every", "1000", *RUNS[name], "--out", str(out)]
+    flags = ["--steps", "80", "--batch_size", "8", "--eval_clips", "0", "--save_every", "1000", *RUNS[name], "--out", str(out)]
     program = [str(Path(__file__)), "moving"] if name == "reference_moved" else ["train.py"]
     subprocess.run([sys.executable, *program, *flags], cwd=ROOT, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     LOGS.mkdir(parents=True, exist_ok=True)
