@@ -212,13 +212,14 @@ def plot(logs, path, over=10):
                 axis.tick_params(labelsize=8)
     for line in axes:
         for axis in line:
-            if axis.get_title() in ("win_gap", "lose_gap"):
-                axis.axhline(0, color="grey", linewidth=0.6)
+            for name, level in (("win_gap", 0), ("lose_gap", 0), ("loss_dpo", 0.693), ("accuracy", 0.5)):    # where policy and reference are equal
+                if axis.get_title() == name:
+                    axis.axhline(level, color="grey", linewidth=0.6)
     if len(logs) > 1:
-        axes[0][0].legend(fontsize=7)
+        axes[0][1].legend(fontsize=7)
     figure.suptitle(", ".join(logs), fontsize=10)
     figure.tight_layout()
-    figure.savefig(path, dpi=80)
+    figure.savefig(path, dpi=70)
     plt.close(figure)
 
 
@@ -248,6 +249,7 @@ def main(argv):
     parser.add_argument("--no_plot", action="store_true", help="verdicts only")
     args = parser.parse_args(argv)
     logs = {path: read_log(path) for path in args.logs}
+    titles = [Path(path).absolute().parent.name if Path(path).stem == "log" else Path(path).stem for path in logs]
     for path, rows in logs.items():
         watch, lines = Watch(), []
         for row in rows:
@@ -256,7 +258,7 @@ def main(argv):
         print("\n".join([f"{path}: {len(rows)} rows, to step {rows[-1]['step']}", *lines] + ["no rule fired"] * (not lines)))
     if not args.no_plot:
         out = args.out or Path(args.logs[0]).with_suffix(".png")
-        plot(logs, out)
+        plot(dict(zip(titles if len(set(titles)) == len(logs) else logs, logs.values())), out)
         print(f"picture in {out}")
 
 

@@ -74,8 +74,8 @@ def hold_back(dataset, count):
     held = [pair for pair in dataset.pairs if pair[0] in set(wins[:count])]
     files = {path for pair in held for path in pair}
     left = [pair for pair in dataset.pairs if not files & set(pair)]
-    if not left:
-        raise ValueError(f"--hold_back {count}: the data has {len(wins)} different wins in {len(dataset)} pairs, and none would be left to train on")
+    if count < 1 or not left:
+        raise ValueError(f"--hold_back {count}: the data has {len(wins)} different wins in {len(dataset)} pairs; expected 1 or more, and pairs left to train on")
     return PairSet(left, dataset.unpaired), PairSet(held)
 
 
@@ -157,7 +157,7 @@ def auc(win, lose):
 def audit(pairs, sigmas):
     """
     How far one simple number of the noisy video tells wins from losers. pairs: list of (win, lose), (C, F, H, W) each. The number and its threshold are
-    chosen on every other pair and tried on the rest. Returns one {"sigma", "accuracy", "statistic", "auc"} for each sigma.
+    picked on every other pair and tried on the rest. Returns one {"sigma", "accuracy", "statistic", "auc"} for each sigma.
     """
     win, lose = (torch.stack([pair[i] for pair in pairs]) for i in range(2))
     noise = torch.stack([torch.randn(win.shape[1:], generator=randomness(0, i, "audit")) for i in range(len(pairs))])      # shared by the two, as in training
@@ -179,8 +179,8 @@ def audit_report(dataset, lowest, most=128, elements=2 ** 26):
     """
     shape = dataset[0]["win"].shape
     count = max(16, min(most, elements // shape.numel()))
-    chosen = [dataset[i * len(dataset) // count] for i in range(count)] if len(dataset) > count else [dataset[i] for i in range(len(dataset))]
-    pairs = [(item["win"], item["lose"]) for item in chosen if item["win"].shape == shape]
+    looked = [dataset[i * len(dataset) // count] for i in range(count)] if len(dataset) > count else [dataset[i] for i in range(len(dataset))]
+    pairs = [(item["win"], item["lose"]) for item in looked if item["win"].shape == shape]
     lines = []
     same = sum(torch.equal(win, lose) for win, lose in pairs)
     if same:
@@ -188,7 +188,7 @@ def audit_report(dataset, lowest, most=128, elements=2 ** 26):
     if len(pairs) < 8:
         return "\n".join(lines + [f"no audit of {len(pairs)} pairs: 8 of one shape are needed"])
     rows = audit(pairs, sorted({0.0, lowest, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8}))
-    lines.append(f"audit: one simple number tells win from lose, in {len(pairs) // 2} pairs that it was not chosen on, as often as (0.5: not at all) "
+    lines.append(f"audit: one simple number tells win from lose, in {len(pairs) // 2} other pairs than it was picked on, as often as (0.5: not at all) "
                  + ", ".join(f"{row['accuracy']:.2f} {'clean' if row['sigma'] == 0 else 'at sigma {:g}'.format(row['sigma'])}" for row in rows)
                  + f"; clean that is {rows[0]['statistic']}, AUC {rows[0]['auc']:.2f}")
     found = next(row for row in rows if row["sigma"] == lowest)

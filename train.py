@@ -480,7 +480,7 @@ def main(args):
          + f" (one data rank: {ranks.world // ranks.data_ranks} ranks, {'one branch each' if args.backward == 'pair' else 'both branches'}, tokens over {args.cp_size})" * (ranks.world > ranks.data_ranks) + "; "
          f"steps {start} to {args.steps} = {(args.steps - start) * args.batch_size / len(dataset):.1f} epochs; log in {log_path}")
 
-    if needs_pairs and ranks.rank == 0:
+    if needs_pairs and ranks.rank == 0 and not args.resume:
         print(audit_report(dataset, args.min_timestep / 1000))
     evaluated = args.eval_clips and of_world
     held_out = None                                                           # a preference model samples nothing
