@@ -551,7 +551,7 @@ def main(args):
         row["memory_gib"] = memory_gib(ranks.device)
         row["tokens_per_second"] = args.batch_size * tokens * (2 if needs_pairs else 1) / row["seconds"]
         if probe and ((step + 1) % args.probe_every == 0 or step + 1 == args.steps):
-            row["probe"] = probe(policy, args.beta)                           # after this step's update
+            row["probe"] = probe(policy if ema is None else ema, args.beta)    # after this step's update, of what will be exported
         if ranks.rank == 0:
             verdicts = watch(row)
             append_row(log_path, {name: value for name, value in row.items() if name != "pairs"})

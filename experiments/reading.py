@@ -19,7 +19,7 @@ LOGS, DOCS = ROOT / "experiments" / "logs" / "curves", ROOT / "docs" / "curves"
 KEPT = ("step", "loss", "loss_dpo", "loss_sft", "accuracy", "margin", "margin_abs", "saturated", "dgr", "win_gap", "lose_gap", "win_ratio", "lose_ratio", "err_win", "err_lose",
         "ref_err_win", "ref_err_lose", "grad_norm", "lr", "skipped", "probe", "verdicts")
 RUNS = {
-    "healthy": ["--loss", "regdpo", "--beta", "100"],
+    "healthy": ["--loss", "regdpo", "--beta", "300", "--learning_rate", "1e-4", "--steps", "150", "--batch_size", "16"],
     "regdpo": ["--loss", "regdpo", "--ref", "cached", "--steps", "300", "--batch_size", "16"],
     "dpo": ["--loss", "dpo", "--ref", "cached", "--steps", "300", "--batch_size", "16"],
     "separable": ["--loss", "dpo", "--guidance", "2", "--min_timestep", "0"],      # losers with guidance, all sigmas
