@@ -100,11 +100,17 @@ def dead(rows):
 
 
 def separable(rows):
-    early = [row for row in late(rows) if row["step"] >= 10]
-    moved = max(abs(mean(early, name)) for name in ("win_gap", "lose_gap")) / max(mean(early, "ref_err_win"), 1e-12) if early else 1.0
-    if "win_gap" in rows[-1] and len(early) > 4 and rows[-1]["step"] - early[0]["step"] >= 15 and mean(early, "accuracy") > 0.95 and moved < 0.2 and not by_heart(rows):
-        return (f"accuracy is {mean(early, 'accuracy'):.2f} although the errors have hardly moved ({moved:.0%}): something trivial, such as grain, tells wins from losers. "
-                "See python probe.py DATA; raise --min_timestep, or make negatives without guidance and with the same encoder")
+    recent = rows[-15:]                                    # soon: later a good model is right too
+    places = {"": [row for row in recent if "win_gap" in row]}
+    bins = len(rows[-1].get("by_sigma", {}).get("lose_gap", ()))
+    for i in range(bins):                                  # grain is seen at low noise only, where a step has few pairs
+        of_bin = [{name: values[i] for name, values in row["by_sigma"].items()} for row in recent]
+        places[f" at sigma {i / bins:g} to {(i + 1) / bins:g}"] = [row for row in of_bin if row["accuracy"] is not None]
+    for where, seen in places.items():
+        moved = max(abs(mean(seen, "win_gap")), abs(mean(seen, "lose_gap"))) / max(1e-12, mean(seen, "err_win") - mean(seen, "win_gap"))
+        if len(seen) > 9 and rows[-1]["step"] <= 2 * WINDOW and mean(seen, "accuracy") > 0.9 and moved < 0.2 and not by_heart(rows):
+            return (f"accuracy{where} is {mean(seen, 'accuracy'):.2f} although errors have hardly moved there ({moved:.0%}): something trivial, such as grain, tells wins from losers. "
+                    "See python probe.py DATA; raise --min_timestep, or make negatives without guidance and with the same encoder")
     return ""
 
 

@@ -17,12 +17,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 LOGS, DOCS = ROOT / "experiments" / "logs" / "curves", ROOT / "docs" / "curves"
 KEPT = ("step", "loss", "loss_dpo", "loss_sft", "accuracy", "margin", "margin_abs", "saturated", "dgr", "win_gap", "lose_gap", "win_ratio", "lose_ratio", "err_win", "err_lose",
-        "ref_err_win", "ref_err_lose", "grad_norm", "lr", "skipped", "probe", "verdicts")
+        "ref_err_win", "ref_err_lose", "grad_norm", "lr", "skipped", "by_sigma", "probe", "verdicts")
 RUNS = {
     "healthy": ["--loss", "regdpo", "--beta", "300", "--learning_rate", "1e-4", "--steps", "150", "--batch_size", "16"],
     "regdpo": ["--loss", "regdpo", "--ref", "cached", "--steps", "300", "--batch_size", "16"],
     "dpo": ["--loss", "dpo", "--ref", "cached", "--steps", "300", "--batch_size", "16"],
-    "separable": ["--loss", "dpo", "--guidance", "2", "--min_timestep", "0"],      # losers with guidance, all sigmas
+    "separable": ["--loss", "dpo", "--guidance", "2", "--min_timestep", "0", "--steps", "60", "--batch_size", "16"],      # losers with guidance, all sigmas
     "by_heart": ["--loss", "dpo", "--toy_clips", "16", "--steps", "150"],
     "high_beta": ["--loss", "dpo", "--beta", "30000"],
     "low_beta": ["--loss", "dpo", "--beta", "3"],
@@ -68,6 +68,11 @@ def run(name):
     flags = ["--steps", "80", "--batch_size", "8", "--eval_clips", "0", "--save_every", "1000", *RUNS[name], "--out", str(out)]
     program = [str(Path(__file__)), "moving"] if name == "reference_moved" else ["train.py"]
     subprocess.run([sys.executable, *program, *flags], cwd=ROOT, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    keep(out, target)
+
+
+def keep(out, target):
+    """The run's folder -> the small log that is committed."""
     LOGS.mkdir(parents=True, exist_ok=True)
     short = lambda value: json.loads(json.dumps(value), parse_float=lambda digits: float(f"{float(digits):.4g}"))
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]

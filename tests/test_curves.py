@@ -63,8 +63,16 @@ def test_a_step_without_a_finite_gradient_is_told():
 
 def test_accuracy_that_is_perfect_before_errors_have_moved_means_separable_pairs():
     found = told({"accuracy": 0.99, "saturated": 0.5}, start=START | {"accuracy": 0.99})
-    assert list(found) == ["separable"] and found["separable"][0] < 50
+    assert list(found) == ["separable"] and found["separable"][0] < 20
     assert told({"accuracy": 0.99, "saturated": 0.5, "win_gap": -0.02, "lose_gap": 0.1}, start=START | {"lose_gap": 0.1, "accuracy": 0.99}) == {}    # learnt, with errors to show for it
+    assert told(lambda step: {"accuracy": 0.99 if step > 120 else 0.6, "saturated": 0.5}) == {}                                                     # learnt in time
+
+
+def test_pairs_may_be_separable_at_low_noise_only():
+    bins = lambda low: {"by_sigma": {"accuracy": [low, None, 0.6, 0.6], "win_gap": [0.001] * 4, "lose_gap": [0.002] * 4, "err_win": [0.05, None, 0.1, 0.3]}}
+    assert "at sigma 0 to 0.25" in told(lambda step: bins(0.95))["separable"][1]
+    assert told(lambda step: bins(0.8)) == {}
+    assert told(lambda step: bins(0.95 if step % 2 else None)) == {}           # too few pairs there to say
 
 
 def test_a_model_that_hardly_moves_is_told_after_a_hundred_steps():
