@@ -76,6 +76,8 @@ def keep(out, target):
     LOGS.mkdir(parents=True, exist_ok=True)
     short = lambda value: json.loads(json.dumps(value), parse_float=lambda digits: float(f"{float(digits):.4g}"))
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    for row in rows:
+        row["by_sigma"].pop("margin", None)                                   # what no rule and no picture reads
     target.write_text("".join(json.dumps(short({key: row[key] for key in KEPT if key in row})) + "\n" for row in rows))
 
 
