@@ -21,14 +21,16 @@ import torch.distributed as dist
 
 import losses
 import toy
+from curves import Watch
 from data import check_samples, collate, draw, fingerprint, open_data, order, randomness, write_whole
 from fsdp_utils import (ContextParallel, add_branches, append_row, checkpoint_blocks, chunk_blocks, clip_gradients, compile_blocks, ema_update, exchange_branches,
-                        extremes, find_checkpoint, load_checkpoint, load_weights, memory_gib, memory_plan, open_errors, save_checkpoint, score_reference,
-                        shard_model, spread, start_ranks, stored_weights, swap_gradients, total)
+                        find_checkpoint, load_checkpoint, load_weights, memory_gib, memory_plan, open_errors, save_checkpoint, score_reference, shard_model,
+                        start_ranks, stored_weights, swap_gradients)
 from losses import add_noise, flow_error, importance_weight, next_sigma, safeguard_coefficient, velocity_target
 from model import CONFIGS, ScoreHead, WanConfig, WanModel, hold_first_frame, open_wan, save_wan
+from probe import Probe, add_up, audit_report, diagnostics, hold_back, sigma_steps, summarise
 from sample import DEFAULTS, seed_of, weights_digest
-from world import HeldOut, make_world, of_the_world, sample_held_out
+from world import HeldOut, Preview, held_out_pairs, make_world, of_the_world
 
 HERE = Path(__file__).resolve().parent
 BOUNDARIES = {f"wan2.2-{kind}-a14b": 1000 * DEFAULTS[f"{kind} a14b"]["boundary"] for kind in ("t2v", "i2v")}    # timesteps from here up are the high-noise expert's
@@ -94,6 +96,8 @@ def parse_args(argv):
     p.add_argument("--save_every", type=int, default=100)
     p.add_argument("--keep", type=int, default=2, help="checkpoints that stay")
     p.add_argument("--resume", default="", help="a step folder, or 'latest'")
+    p.add_argument("--probe_every", type=int, default=50, help="steps between looks at pairs that are never trained on (the same for all runs); 0: never")
+    p.add_argument("--hold_back", type=int, default=0, help="wins of --data kept from training, with all their losers, for that; the embedded world has held-out captions")
     p.add_argument("--log_every", type=int, default=10, help="steps between printed lines; log.jsonl has every step")
     # weights for others
     p.add_argument("--export", default="", help="do not train: write the weights in this step folder to --out, the average if it has one and --ema_decay is not 0")
@@ -147,6 +151,8 @@ def check_args(args, ranks):
         raise ValueError(f"--branch_norms needs the branches' gradients apart, which is --backward sequential, not {args.backward}")
     if args.loss == "diffusion_sdpo" and args.backward == "pair":
         raise ValueError("--loss diffusion_sdpo needs both outputs on one rank; use --backward joint or sequential")
+    if args.hold_back and args.loss == "sft":
+        raise ValueError(f"--hold_back {args.hold_back} keeps pairs for a probe; --loss sft reads none")
     if args.caption_dropout and args.loss != "sft":
         raise ValueError("--caption_dropout is for --loss sft; a preference loss would compare captions that the clip was not made for")
     if args.sample_every and args.loss == "preference":
@@ -201,6 +207,8 @@ def check_expert(args):
         if not any(first <= args.min_timestep and args.max_timestep <= last for first, last in sides):
             raise ValueError(f"--min_timestep {args.min_timestep:g} --max_timestep {args.max_timestep:g}: --init {args.init} is one of the two experts of {args.model} "
                              f"and samples only at timesteps {' or '.join(f'{first:g} to {last:g}' for first, last in sides)}, after the shift; train it there")
+        if args.sample_every:
+            raise ValueError(f"--sample_every: one expert of {args.model} cannot sample alone; run sample.py on a folder with the export and the other expert")
 
 
 def build_model(args, config, ranks, checkpointing="off", offload=False):
@@ -317,19 +325,6 @@ def coefficients(args, err_win, err_lose, ref_err_win, ref_err_lose, sigma, safe
     return c_win, -c_lose, metrics | diagnostics(metrics)
 
 
-def diagnostics(m):
-    """
-    What the four errors say beside the loss (how to read it: README). m {name: (B,)} -> {name: (B,)}; the mean over pairs makes shares of ones and zeros.
-    """
-    right = (m["margin"] > 0).float()
-    found = {"accuracy_strict": right, "margin_abs": m["margin"].abs()}
-    if "err_win" in m:
-        found |= {"win_ratio": m["err_win"] / m["ref_err_win"], "lose_ratio": m["err_lose"] / m["ref_err_lose"],
-                  "gap_mean": (m["win_gap"] + m["lose_gap"]) / 2, "win_gap_positive": (m["win_gap"] > 0).float(),
-                  "win_worse_though_right": right * (m["win_gap"] > 0), "loser_driven": right * (m["lose_gap"] > -m["win_gap"])}
-    return found | ({"saturated": (m["margin"].abs() > 5).float()} if "dgr" in m else {})    # a margin with beta in it
-
-
 @torch.no_grad()
 def reference_errors(args, ref, batch, ranks):
     """Errors of the frozen reference, (2, B), in the forwards that backward_batch takes the policy through, so that where the two are equal the errors are."""
@@ -388,68 +383,12 @@ def backward_batch(args, policy, ref, batch, scale, ranks, aside=()):
     return metrics
 
 
-BINS = 4                                                                      # of sigma, for the curves by noise level
-BINNED = ("err_win", "win_gap", "lose_gap", "margin", "accuracy")
-
-
-def add_up(sums, metrics, sigma):
-    """Add one micro-batch's metrics (B,) to the running sums {name: float}, overall and by bin of sigma."""
-    bins = (sigma * BINS).long().clamp(max=BINS - 1)
-    for name, values in (metrics | {"pairs": torch.ones_like(sigma)}).items():
-        sums[name] = sums.get(name, 0.0) + values.sum().item()
-        if name in BINNED or name == "pairs":
-            for i in range(BINS):
-                sums[f"{name}/{i}"] = sums.get(f"{name}/{i}", 0.0) + values[bins == i].sum().item()
-
-
-def summarise(sums, margins, device):
-    """
-    Sums of every rank -> means over all pairs of the step, in one all-reduce. Curves by sigma become lists under "by_sigma" (null where no pair fell).
-    margins: list of this rank's; the smallest and the largest of all ranks' go into the row, since a mean hides the one pair that has run away.
-    """
-    names = sorted(sums)
-    sums = dict(zip(names, total([sums[name] for name in names], device)))
-    row = {name: value / sums["pairs"] for name, value in sums.items() if "/" not in name}
-    row["by_sigma"] = {name: [sums[f"{name}/{i}"] / sums[f"pairs/{i}"] if sums[f"pairs/{i}"] else None for i in range(BINS)]
-                       for name in BINNED if name in sums}
-    for name in {"win_worse_though_right", "loser_driven"} & sums.keys():     # shares of the pairs that count as right
-        row[name] = sums[name] / max(1, sums["accuracy_strict"])
-    if margins:
-        row["margin_min"], row["margin_max"] = extremes(margins, device)
-    if "kept" in sums:                                                        # dpo_cm averages over the pairs it kept
-        row["loss"] *= sums["pairs"] / max(1, sums["kept"])
-    return row, sums
-
-
 def export(args, checkpoint, path):
     """A step folder, written on any number of ranks, as public weights at `path`. Reads and writes one tensor at a time."""
     found = json.loads((checkpoint / "meta.json").read_text())["config"]
     weights, read = stored_weights(checkpoint, ema=args.ema_decay > 0)
     save_wan(weights, path, args.export_format, WanConfig(**found | {"patch_size": tuple(found["patch_size"])}), getattr(torch, args.export_dtype), read=read)
     print(f"weights in {path}")
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# the embedded world
-
-def held_out_accuracy(args, model, base, ranks):
-    """
-    How often a preference model is right about pairs it never saw, {"sigma 0.05": share of pairs}: held-out captions, a real clip against the base's, both
-    with the same noise. At sigma 1 the two are one and the same, and a tie counts half. A share of 256 pairs is known to 0.03 or better.
-    """
-    captions, videos = toy.make_clips(args.eval_clips, seed=1, held_out=True)
-    win, lose = toy.encode_pixels(videos), sample_held_out(args, base, captions, ranks)
-    sigmas = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
-
-    @torch.no_grad()
-    def right(part):
-        batch = collate([{"win": win[i], "lose": lose[i], "context": toy.encode_text(captions[i]), "name": captions[i],
-                          "noise": torch.randn(win[i].shape, generator=randomness(args.seed, i, "held out"))} for i in part])
-        inputs = {name: value.to(ranks.device) for name, value in branch(batch, "win", "lose").items()}
-        scores = [flow_errors(model, inputs | {"sigma": torch.full_like(inputs["latents"][:, 0, 0, 0, 0], sigma)})[0].view(2, -1) for sigma in sigmas]
-        return torch.stack([(1 + (of_win - of_lose).sign()) / 2 for of_win, of_lose in scores], dim=1)     # (B, sigmas)
-
-    return dict(zip((f"sigma {sigma:g}" for sigma in sigmas), spread(right, len(captions), ranks).mean(0).tolist()))
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -477,9 +416,9 @@ def main(args):
     if toy_world and (config.text_dim, config.in_dim) != (toy.TEXT_DIM, toy.CHANNELS):
         raise ValueError(f"--model {args.model} with --data toy: the embedded world is for the tiny model; name a folder of encoded samples with --data")
     dataset = open_data(make_world(args, config, ranks) if toy_world else args.data, needs_pairs)
-    check_samples(dataset.wins, config, per_rank)
-    if args.sample_every and not of_the_world(dataset):
-        raise ValueError(f"--sample_every samples captions of the embedded world, and {args.data} is not of it; run sample.py on the export instead")
+    dataset, held_back = hold_back(dataset, args.hold_back) if args.hold_back else (dataset, None)
+    check_samples(dataset.wins | (held_back.wins if held_back else {}), config, per_rank)
+    of_world = of_the_world(dataset)
     first = dataset[0]
 
     # ---------------- what decides the run
@@ -512,8 +451,14 @@ def main(args):
         warm = min(1.0, (step + 1) / max(1, args.warmup_steps))
         return args.learning_rate * min(warm, (args.steps - step) / args.decay_steps if args.decay_steps else 1.0)
 
+    # ---------------- the probe, while the policy is the reference still
+    both = lambda model, batch: torch.stack([flow_errors(model, branch(batch, name))[0] for name in ("win", "lose")])    # one at a time: the probe's pairs may be large
+    if args.probe_every and not held_back and of_world and args.init != "scratch":
+        held_back = held_out_pairs(args, config, ranks)
+    probe = Probe(held_back, both, policy, sigma_steps(args.min_timestep, args.max_timestep), ranks, per_rank) if args.probe_every and held_back else None
+
     # ---------------- resume
-    start = 0
+    start, rows = 0, []
     log_path = args.out / "log.jsonl"
     if args.resume:
         checkpoint = find_checkpoint(args.out, args.resume)
@@ -539,11 +484,16 @@ def main(args):
          + f" (one data rank: {ranks.world // ranks.data_ranks} ranks, {'one branch each' if args.backward == 'pair' else 'both branches'}, tokens over {args.cp_size})" * (ranks.world > ranks.data_ranks) + "; "
          f"steps {start} to {args.steps} = {(args.steps - start) * args.batch_size / len(dataset):.1f} epochs; log in {log_path}")
 
-    evaluated = args.eval_clips and of_the_world(dataset)
-    held_out = HeldOut(args.eval_clips) if evaluated and not trained.scores else None              # a preference model samples nothing
+    if needs_pairs and ranks.rank == 0 and not args.resume:
+        print(audit_report(dataset, args.min_timestep / 1000))
+    evaluated = args.eval_clips and of_world
+    held_out = None                                                           # a preference model samples nothing
+    if not trained.scores and (evaluated or args.sample_every):
+        held_out = HeldOut(args.eval_clips) if evaluated else Preview(held_back or dataset)
     if held_out and args.init != "scratch":
         before = ref if ref is not None else build_model(args, config, ranks)
-        held_out.judge("before", sample_held_out(args, before, held_out.captions, ranks), shown=True)
+        held_out.judge("before", held_out.sample(args, before, ranks), shown=True)
+        del before
 
     def positions(step):                                                      # of this rank, a range for each accumulation step
         begins = [step * args.batch_size + (micro * ranks.data_ranks + ranks.data_rank) * per_rank for micro in range(args.grad_accum)]
@@ -556,6 +506,7 @@ def main(args):
         gc.collect()                                                          # a sharded model refers to itself; without this it would stay for a while
 
     # ---------------- the loop
+    watch = Watch(json.loads(line) for line in rows)
     sources = {dataset.source(i) for i in range(len(dataset))} if needs_pairs else set()
     scale = args.loss_scale * ranks.world / args.batch_size                   # FSDP averages over all ranks; a step is the mean over its pairs
     aside = [None] * len(list(policy.parameters())) if args.branch_norms else ()
@@ -603,29 +554,36 @@ def main(args):
         row = {"step": step, **row, "skipped": skipped, "seconds": time.perf_counter() - began}
         row["memory_gib"] = memory_gib(ranks.device)
         row["tokens_per_second"] = args.batch_size * tokens * (2 if needs_pairs else 1) / row["seconds"]
+        if probe and ((step + 1) % args.probe_every == 0 or step + 1 == args.steps):
+            row["probe"] = probe(policy if ema is None else ema, args.beta)    # after this step's update, of what will be exported
         if ranks.rank == 0:
+            verdicts = watch(row)
             append_row(log_path, {name: value for name, value in row.items() if name != "pairs"})
             if step % args.log_every == 0 or step == args.steps - 1:
                 shown = [name for name in ("loss", "accuracy", "margin", "win_gap", "lose_gap", "dgr", "err_win", "kept", "grad_norm", "seconds") if name in row]
                 print(f"step {step:>5}  " + "  ".join(f"{name} {row[name]:.4g}" for name in shown), flush=True)
+            for verdict in verdicts:
+                print(verdict, flush=True)
 
         if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
             checkpoint = save_checkpoint(args.out, step + 1, policy, optimizer, ema, fixed | {"config": asdict(trained)}, args.keep)
         if args.sample_every and (step + 1) % args.sample_every == 0 and step + 1 < args.steps and held_out:
-            videos = held_out.judge(f"step {step + 1}", sample_held_out(args, policy if ema is None else ema, held_out.captions, ranks))
+            videos = held_out.judge(f"step {step + 1}", held_out.sample(args, policy if ema is None else ema, ranks))
             if ranks.rank == 0:
-                held_out.picture(args.out / "samples" / f"step_{step + 1:06d}.png", now=videos)
+                held_out.picture(args.out / "samples" / f"step_{step + 1:06d}", now=videos)
 
     # ---------------- what came out
     if ranks.rank == 0:
         export(args, checkpoint, args.out / ("export.safetensors" if args.export_format == "comfyui" else "export"))
     if evaluated and trained.scores:
-        right = held_out_accuracy(args, policy if ema is None else ema, build_model(args, config, ranks), ranks)
+        pairs, sigmas = held_out_pairs(args, config, ranks, args.eval_clips), (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
+        right = Probe(pairs, both, policy, sigmas, ranks, 64)(policy if ema is None else ema, 1.0)["accuracy"]
+        right = {f"sigma {sigma:g}": value for sigma, value in zip(sigmas, right)}
         talk("held-out accuracy: " + ", ".join(f"{name} {value:.3f}" for name, value in right.items()))
         if ranks.rank == 0:
             write_whole(args.out / "samples" / "marks.json", json.dumps(right, indent=1).encode())
     if held_out:
-        videos = held_out.judge("after", sample_held_out(args, policy if ema is None else ema, held_out.captions, ranks))
+        videos = held_out.judge("after", held_out.sample(args, policy if ema is None else ema, ranks))
         if ranks.rank == 0:
             held_out.close(args.out / "samples", after=videos)
     dist.barrier()

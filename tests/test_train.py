@@ -290,12 +290,13 @@ def test_bad_data_is_named_before_training_and_nothing_is_written(world, tmp_pat
 def test_a_nan_in_a_sample_names_its_file_and_keeps_the_checkpoint(world, tmp_path):
     data = tmp_path / "data"
     shutil.copytree(world / "data", data)
+    run(world, tmp_path / "out", "--data", str(data), "--steps", "1")                               # what is looked at before training is good yet
     path = open_data(data, pairs=True).pairs[order(0, 8, 24)][0]                                    # position 8: read in step 1, not in step 0
     bad = load_file(path)
     bad["latents"][0, 0, 0, 0] = float("nan")
     save_file(bad, path, metadata=read_sample(world / "data" / "real" / Path(path).name)["metadata"])
     with pytest.raises(ValueError, match=Path(path).name + ".*latents has 1 of .* NaN"):
-        run(world, tmp_path / "out", "--data", str(data), "--save_every", "1")
+        run(world, tmp_path / "out", "--data", str(data), "--resume", "latest")
     assert (tmp_path / "out" / "latest").read_text() == "step_000001\n"
 
 

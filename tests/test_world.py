@@ -1,0 +1,46 @@
+"""Previews of data that is not of the embedded world: the same noise each time, real, before and now beside each other."""
+import pytest
+import torch
+from test_train import SHAPE, run, world                                       # noqa: F401: a fixture
+
+import train
+from data import open_data, read_sample, sample_files, write_sample
+from model import CONFIGS, load_wan
+from sample import generate, seed_of
+from world import Preview
+
+
+def panes(folder):
+    """The samples of a folder, each cut into its panes: (samples, panes, C, F, H, W)."""
+    return torch.stack([torch.stack(read_sample(path)["latents"].split(SHAPE[3], dim=3)) for path in sample_files(folder)])
+
+
+def test_previews_show_real_before_and_now_with_the_same_noise_on_any_number_of_ranks(world, tmp_path):      # noqa: F811
+    run(world, tmp_path / "out", "--sample_every", "2", "--steps", "4", "--sample_steps", "2", ranks=2)
+    step, after = (panes(tmp_path / "out" / "samples" / name) for name in ("step_000002", "after"))
+    assert step.shape == (4, 3, *SHAPE) and torch.equal(step[:, :2], after[:, :2])
+    samples = Preview(open_data(world / "data", pairs=True)).samples
+    assert torch.equal(step[:, 0], torch.stack([sample["latents"] for sample in samples]))
+    for weights, pane in ((world / "base", step[:, 1]), (tmp_path / "out" / "export", after[:, 2])):
+        made = generate(load_wan(weights, CONFIGS["tiny"]), [sample["context"] for sample in samples], [seed_of("preview", i) for i in range(4)], SHAPE, 2, 3.0, 1.0)
+        assert (made - pane).norm() < 1e-4 * made.norm()
+    assert (step[:, 2] - step[:, 1]).norm() > 1e-4 * step[:, 1].norm() < (after[:, 2] - step[:, 2]).norm()   # training shows
+    first = read_sample(tmp_path / "out" / "samples" / "after" / "000.safetensors")
+    assert first["metadata"]["source"] == "real | before | after" and first["metadata"]["prompt"] == samples[0]["metadata"]["prompt"]
+
+
+def test_previews_are_spread_over_the_data_and_of_one_shape(tmp_path):
+    for i in range(6):
+        shape = SHAPE if i else (*SHAPE[:3], 4)
+        for name in ("real", "negatives"):
+            write_sample(tmp_path / name / f"{i}.safetensors", torch.full(shape, float(i)), torch.zeros(1 + i, 32), {})
+    assert len(Preview(open_data(tmp_path, pairs=True)).samples) == 1          # the first is alone of its shape
+    (tmp_path / "real" / "0.safetensors").unlink(), (tmp_path / "negatives" / "0.safetensors").unlink()
+    samples = Preview(open_data(tmp_path, pairs=True), count=2).samples
+    assert [sample["latents"].mean().item() for sample in samples] == [1.0, 4.0]
+
+
+def test_an_expert_of_two_cannot_be_previewed_alone(monkeypatch):
+    monkeypatch.setitem(train.BOUNDARIES, "tiny", 875)
+    with pytest.raises(ValueError, match="--sample_every: one expert of tiny cannot sample alone"):
+        train.check_expert(train.parse_args(["--model", "tiny", "--sample_every", "5", "--min_timestep", "900"]))
