@@ -1,41 +1,30 @@
 """
-Everything about ranks: process groups, context parallelism, sharding (FSDP2), activation checkpointing and offload, EMA, the scored reference, saving and
-loading. Nothing assumes one node, but that --out, --data and --init are on a file system that all nodes see.
+Everything about ranks: process groups, context parallelism, sharding (FSDP2), activation checkpointing and offload, EMA. Nothing assumes one node, but that --out, --data and --init are on a file system that all nodes see.
 
 One code path serves 1 to N ranks, CPU (gloo) and GPU (nccl): the model is sharded on one rank too. Parameters, gradients, optimizer state and EMA are
 float32 shards; on GPUs the matrices compute in bf16, gathered block by block, and gradients are reduced in float32.
 """
-import json
 import os
 import resource
-import shutil
 import sys
-import time
 import warnings
 import weakref
 from collections import deque
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 import torch.nn.functional as F
-from safetensors import safe_open
-from safetensors.torch import save_file
 from torch.autograd.graph import saved_tensors_hooks
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
 # the head's output is a view of its Linear's; nothing here changes an output in place
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")    # stored_weights asks for just that
 
 # ------------------------------------------------------------------------------------------------------------------
 # ranks
@@ -111,12 +100,6 @@ def spread(make, count, ranks, chunk=64):
     everyone = [torch.empty_like(made) for _ in range(ranks.world)]
     dist.all_gather(everyone, made)
     return torch.stack(everyone[::ranks.cp_size], dim=1).flatten(0, 1)[:count].cpu()               # rank by rank -> number by number
-
-
-def append_row(path, row):
-    """One more line of log.jsonl. Seven digits are more than a curve shows and halve the log."""
-    with open(path, "a") as log:
-        log.write(json.dumps(json.loads(json.dumps(row), parse_float=lambda digits: float(f"{float(digits):.7g}"))) + "\n")
 
 
 def exchange_branches(mine, group):
@@ -502,149 +485,3 @@ def add_branches(params, aside, scale):
 def ema_update(ema, policy, decay):
     """ema <- decay * ema + (1 - decay) * policy, on the local shards: no communication."""
     torch._foreach_lerp_([p.to_local() for p in ema.parameters()], [p.to_local() for p in policy.parameters()], 1 - decay)
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# the reference, scored once
-
-def open_errors(path, key, positions):
-    """
-    What is known of the reference's errors: (positions or more, 2) float32, win and lose, NaN where a position is not scored yet. All ranks read the file.
-
-    key {name: value} is all that decides them but the position. Raises ValueError if the file at path was scored with another.
-    """
-    errors = torch.full((positions, 2), float("nan"))
-    if Path(path).exists():
-        with safe_open(path, "pt") as file:
-            found, stored = json.loads(file.metadata()["key"]), file.get_tensor("errors")
-        for name, value in key.items():
-            if found.get(name) != value:
-                raise ValueError(f"{path}: the reference's errors in it were scored with {name} = {found.get(name)}, this run has {name} = {value}; "
-                                 f"use the same, another --out, or delete that file to score them again")
-        errors = torch.cat([stored, errors[len(stored):]])
-    return errors
-
-
-@torch.no_grad()
-def score_reference(path, key, errors, steps, batch_size, score, positions, ranks, every=30.0):
-    """
-    Score what is missing of the positions of these steps and fill it into errors (of open_errors), on every rank alike.
-
-    score(range of positions) -> (2, B). positions(step) -> the ranges of this rank, as in training, so that an error is what it would be there to the last
-    bit. The file at path is written whole every so many seconds and at the end: a run that is killed goes on from there.
-    """
-    def write():
-        if ranks.rank == 0:
-            save_file({"errors": errors}, f"{path}.tmp", metadata={"key": json.dumps(key)})
-            os.replace(f"{path}.tmp", path)
-        return time.monotonic()
-
-    dist.barrier()                                         # everyone has read the file
-    written, speaks = time.monotonic(), ranks.rank % (ranks.world // ranks.data_ranks) == 0        # the first of the ranks that share their pairs
-    steps = [step for step in steps if errors[step * batch_size:(step + 1) * batch_size].isnan().any()]
-    for step in tqdm(steps, desc="reference errors", unit="step", disable=ranks.rank != 0 or not steps):
-        mine = torch.zeros(batch_size, 2)
-        for part in positions(step):
-            mine[part.start - step * batch_size:part.stop - step * batch_size] = score(part).T.cpu() * speaks
-        mine = mine.to(ranks.device)
-        dist.all_reduce(mine)                              # every position has one speaker, so the sum is that one's number
-        errors[step * batch_size:(step + 1) * batch_size] = mine.cpu()
-        if time.monotonic() - written > every:
-            written = write()
-    if steps:
-        write()
-    dist.barrier()
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# checkpoints
-
-def save_checkpoint(out, step, policy, optimizer, ema, meta, keep):
-    """
-    Write out/step_000500 (every rank its shards) and then name it in out/latest. All ranks call it.
-
-    A folder appears under its name only when it is whole, and `latest` changes by an atomic replace after that: a run killed at any moment leaves a
-    checkpoint to resume from. meta: what must be equal on resume, as JSON. keep: how many checkpoints stay, this one included (older ones go, after it is
-    whole; later ones, of a run that was resumed from before them, stay until they are passed). Returns the folder.
-    """
-    out = Path(out)
-    name = f"step_{step:06d}"
-    temporary, final = out / f".{name}.tmp", out / name
-    if dist.get_rank() == 0 and temporary.exists():
-        shutil.rmtree(temporary)                           # what a killed run left
-    dist.barrier()
-    model_state, optimizer_state = get_state_dict(policy, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state} | ({"ema": get_model_state_dict(ema)} if ema is not None else {})
-    dcp.save(state, checkpoint_id=temporary)
-    if dist.get_rank() == 0:
-        (temporary / "meta.json").write_text(json.dumps(meta | {"step": step}, indent=1))
-        passed = out / f".{name}.old"
-        if final.exists():                                 # a resumed run that passes the same step again
-            shutil.rmtree(passed, ignore_errors=True)
-            os.rename(final, passed)
-        os.rename(temporary, final)
-        (out / ".latest.tmp").write_text(name + "\n")
-        os.replace(out / ".latest.tmp", out / "latest")
-        shutil.rmtree(passed, ignore_errors=True)
-        older = sorted(folder for folder in out.glob("step_*") if folder.name < name)
-        for folder in older[:max(0, len(older) - (keep - 1))]:
-            shutil.rmtree(folder)
-    dist.barrier()
-    return final
-
-
-def find_checkpoint(out, resume, flag="--resume"):
-    """
-    The folder that --resume (or another flag) names: `latest` (of the run's folder out) or a step folder. ValueError if there is none says where it looked.
-    """
-    if resume == "latest":
-        pointer = Path(out) / "latest"
-        if not pointer.exists():
-            raise ValueError(f"--resume latest: {pointer} does not exist; {out} has no checkpoint. Leave out --resume to start anew, or name a step folder")
-        folder = Path(out) / pointer.read_text().strip()
-    else:
-        folder = Path(resume)
-    if not (folder / "meta.json").exists():
-        raise ValueError(f"{flag} {resume}: {folder} holds no whole checkpoint (meta.json is missing); name a folder like {out}/step_000500")
-    return folder
-
-
-def load_checkpoint(folder, policy, optimizer, ema, meta):
-    """
-    Fill policy, optimizer and ema from a checkpoint, written on any number of ranks. Returns the step it was written after.
-
-    Raises ValueError if an entry of meta (what decides the numbers of a run) is not what the checkpoint was written with.
-    """
-    saved = json.loads((Path(folder) / "meta.json").read_text())
-    for key, value in meta.items():
-        if saved.get(key) != value:
-            raise ValueError(f"--resume {folder}: it was trained with {key} = {saved.get(key)}, this run has {key} = {value}; "
-                             f"resume with the same flags, or give its weights to --init of a new run (train.py --export {folder} --out DIR)")
-    model_state, optimizer_state = get_state_dict(policy, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state} | ({"ema": get_model_state_dict(ema)} if ema is not None else {})
-    dcp.load(state, checkpoint_id=folder)
-    set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    if ema is not None:
-        set_model_state_dict(ema, state["ema"])
-    return saved["step"]
-
-
-def stored_weights(folder, ema):
-    """
-    The weights in a checkpoint (ema: the average, where the run kept one), written on any number of ranks, for one process without a process group.
-
-    Returns {name: meta tensor}, read(name) -> the whole tensor, which is put together from the shards when it is asked for, one at a time. The index of
-    a checkpoint is a pickle (as torch writes and resumes them), so open those of your own runs only; what is handed on is the export.
-    """
-    reader = dcp.FileSystemReader(folder)
-    metadata = reader.read_metadata()
-    reader.read_metadata = lambda *args, **kwargs: metadata            # which dcp.load would read again for every tensor
-    part = "ema." if ema and any(name.startswith("ema.") for name in metadata.state_dict_metadata) else "model."
-    stored = {name.removeprefix(part): tensor for name, tensor in metadata.state_dict_metadata.items() if name.startswith(part)}
-
-    def read(name):
-        state = {part + name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype)}
-        dcp.load(state, storage_reader=reader, no_dist=True)
-        return state[part + name]
-
-    return {name: torch.empty(tensor.size, dtype=tensor.properties.dtype, device="meta") for name, tensor in stored.items()}, read

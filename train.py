@@ -18,17 +18,19 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
 
 import losses
 import toy
 from curves import Watch
 from data import check_samples, collate, draw, fingerprint, open_data, order, randomness, write_whole
-from fsdp_utils import (ContextParallel, add_branches, append_row, checkpoint_blocks, chunk_blocks, clip_gradients, compile_blocks, ema_update, exchange_branches,
-                        find_checkpoint, load_checkpoint, load_weights, memory_gib, memory_plan, open_errors, save_checkpoint, score_reference, shard_model,
-                        start_ranks, stored_weights, swap_gradients)
+from fsdp_utils import (ContextParallel, add_branches, checkpoint_blocks, chunk_blocks, clip_gradients, compile_blocks, ema_update, exchange_branches,
+                        load_weights, memory_gib, memory_plan, shard_model, start_ranks, swap_gradients)
 from losses import add_noise, flow_error, importance_weight, next_sigma, safeguard_coefficient, velocity_target
 from model import CONFIGS, ScoreHead, WanConfig, WanModel, hold_first_frame, open_wan, save_wan
 from probe import Probe, add_up, audit_report, diagnostics, hold_back, sigma_steps, summarise
+from runs import (Signals, append_row, begin_log, check_folder, find_checkpoint, load_checkpoint, open_errors, report_skipped, score_reference,
+                  stored_weights)
 from sample import DEFAULTS, seed_of, weights_digest
 from world import HeldOut, Preview, held_out_pairs, make_world, of_the_world
 
@@ -95,7 +97,8 @@ def parse_args(argv):
     # the run's folder
     p.add_argument("--save_every", type=int, default=100)
     p.add_argument("--keep", type=int, default=2, help="checkpoints that stay")
-    p.add_argument("--resume", default="", help="a step folder, or 'latest'")
+    p.add_argument("--save_minutes", type=float, default=30.0, help="save also when the last checkpoint is so old; 0: never. SIGTERM and SIGINT save too, and stop")
+    p.add_argument("--resume", default="", help="a step folder, 'latest', or 'auto': latest where there is one. What torchrun --max-restarts restarts resumes by itself")
     p.add_argument("--probe_every", type=int, default=50, help="steps between looks at pairs that are never trained on (the same for all runs); 0: never")
     p.add_argument("--hold_back", type=int, default=0, help="wins of --data kept from training, with all their losers, for that; the embedded world has held-out captions")
     p.add_argument("--log_every", type=int, default=10, help="steps between printed lines; log.jsonl has every step")
@@ -160,12 +163,7 @@ def check_args(args, ranks):
     if args.loss == "preference" and args.export_format == "diffusers":
         raise ValueError("--export_format diffusers: diffusers has no preference model; use original or comfyui")
     args.out = Path(str(args.out).replace("{loss}", args.loss))
-    log = args.out / "log.jsonl"
-    if log.exists() and log.stat().st_size and not args.resume:
-        how = "go on with it (--resume latest)" if (args.out / "latest").exists() else "it was stopped before its first checkpoint: delete it"
-        raise ValueError(f"{args.out} already holds a run; {how}, or choose another --out")
-    if args.resume not in ("", "latest") and log.exists() and Path(args.resume).resolve().parent != args.out.resolve():
-        raise ValueError(f"--resume {args.resume} is not in --out {args.out}, which holds another run; choose another --out")
+    args.resume = check_folder(args.out, args.resume)
     if args.init != "scratch" and not Path(args.init).exists():
         if not (HERE / args.init).exists():
             raise ValueError(f"--init {args.init}: no such file or folder; give a Wan checkpoint, or 'scratch' with --loss sft")
@@ -458,18 +456,10 @@ def main(args):
     probe = Probe(held_back, both, policy, sigma_steps(args.min_timestep, args.max_timestep), ranks, per_rank) if args.probe_every and held_back else None
 
     # ---------------- resume
-    start, rows = 0, []
+    checkpoint = Path(args.resume)
+    start, skipped = load_checkpoint(args.resume, policy, optimizer, ema, fixed)
     log_path = args.out / "log.jsonl"
-    if args.resume:
-        checkpoint = find_checkpoint(args.out, args.resume)
-        start = load_checkpoint(checkpoint, policy, optimizer, ema, fixed)
-    if ranks.rank == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
-        flags = {name: str(value) if isinstance(value, Path) else value for name, value in vars(args).items() if name != "defaults"}
-        (args.out / "config.json").write_text(json.dumps(flags | {"ranks": ranks.world, "torch": torch.__version__}, indent=1))
-        lines = log_path.read_text().splitlines(keepends=True) if args.resume and log_path.exists() else []
-        rows = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < start]    # later steps will be done again; a kill cuts the last line
-        write_whole(log_path, "".join(rows).encode())
+    rows = begin_log(args, start, ranks=ranks.world) if ranks.rank == 0 else []
     dist.barrier()
 
     # ---------------- what will happen
@@ -506,16 +496,16 @@ def main(args):
         gc.collect()                                                          # a sharded model refers to itself; without this it would stay for a while
 
     # ---------------- the loop
-    watch = Watch(json.loads(line) for line in rows)
+    watch = Watch(rows)
     sources = {dataset.source(i) for i in range(len(dataset))} if needs_pairs else set()
     scale = args.loss_scale * ranks.world / args.batch_size                   # FSDP averages over all ranks; a step is the mean over its pairs
     aside = [None] * len(list(policy.parameters())) if args.branch_norms else ()
-    skipped = 0
+    signals = Signals(args.save_minutes)
     for step in range(start, args.steps):
         began = time.perf_counter()
         if ranks.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()                              # of this step, not of sampling before it
-        sums, margins = {}, []
+        sums, margins, samples = {}, [], []
         for mine in positions(step):
             batch = read_batch(args, dataset, mine, ranks.device)
             known = errors[mine.start:mine.stop].T.to(ranks.device) if args.ref == "cached" else ref
@@ -524,7 +514,8 @@ def main(args):
             metrics = backward_batch(args, policy, known, batch, scale, ranks, aside)
             add_up(sums, metrics, batch["sigma"])
             margins += metrics["margin"].tolist() if needs_pairs else []
-        row, counts = summarise(sums, margins, ranks.device)
+            samples += zip(batch["names"], metrics["loss"].tolist())
+        row, counts = summarise(sums | signals.asks(), margins, ranks.device)
         if len(sources) > 1:                                                  # which folders of losers the pairs came from
             row["sources"] = Counter(dataset.source(order(args.seed, p, len(dataset))) for p in range(step * args.batch_size, (step + 1) * args.batch_size))
 
@@ -539,16 +530,13 @@ def main(args):
         row["lr"] = learning_rate(step)
         for group in optimizer.param_groups:
             group["lr"] = row["lr"]
-        if math.isfinite(row["grad_norm"]):
-            skipped = 0
+        skipped = 0 if math.isfinite(row["grad_norm"]) and math.isfinite(row["loss"]) else skipped + 1
+        if skipped:
+            report_skipped(step, skipped, samples)
+        else:
             optimizer.step()
             if ema is not None:
                 ema_update(ema, policy, min(args.ema_decay, (step + 1) / (step + 10)))
-        else:
-            skipped += 1
-            if skipped == 10:
-                raise RuntimeError(f"10 steps in a row gave no finite gradient; the last batch was {', '.join(batch['names'])}. "
-                                   f"Nothing was updated since; start a new run with a lower --learning_rate or --beta")
         optimizer.zero_grad()
 
         row = {"step": step, **row, "skipped": skipped, "seconds": time.perf_counter() - began}
@@ -565,14 +553,17 @@ def main(args):
             for verdict in verdicts:
                 print(verdict, flush=True)
 
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            checkpoint = save_checkpoint(args.out, step + 1, policy, optimizer, ema, fixed | {"config": asdict(trained)}, args.keep)
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps or counts["asks/save"] or counts["asks/stop"]:
+            checkpoint = signals.save(args.out, step + 1, policy, optimizer, ema, fixed | {"config": asdict(trained), "skipped": skipped}, args.keep)
+        if counts["asks/stop"]:
+            return signals.leave(checkpoint)
         if args.sample_every and (step + 1) % args.sample_every == 0 and step + 1 < args.steps and held_out:
             videos = held_out.judge(f"step {step + 1}", held_out.sample(args, policy if ema is None else ema, ranks))
             if ranks.rank == 0:
                 held_out.picture(args.out / "samples" / f"step_{step + 1:06d}", now=videos)
 
     # ---------------- what came out
+    signals.close()
     if ranks.rank == 0:
         export(args, checkpoint, args.out / ("export.safetensors" if args.export_format == "comfyui" else "export"))
     if evaluated and trained.scores:
@@ -592,6 +583,6 @@ def main(args):
 
 if __name__ == "__main__":
     try:
-        main(parse_args(sys.argv[1:]))
+        record(main)(parse_args(sys.argv[1:]))                                # torchrun then shows the error of the rank that failed first
     except ValueError as error:
         sys.exit(f"train.py: {error}")

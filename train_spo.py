@@ -10,7 +10,6 @@ the worst of it are a pair if they differ enough, and the roll-out goes on from 
 of the roll-out are learnt from, in --updates optimizer steps, each on its share of the sampler steps.
 """
 import argparse
-import json
 import math
 import sys
 import time
@@ -19,13 +18,14 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch.distributed.elastic.multiprocessing.errors import record
 
 import toy
-from data import check_samples, collate, fingerprint, open_data, order, randomness, write_whole
-from fsdp_utils import (ContextParallel, append_row, checkpoint_blocks, clip_gradients, ema_update, find_checkpoint, load_checkpoint, load_weights, memory_gib,
-                        save_checkpoint, shard_model, spread, start_ranks, stored_weights, total)
+from data import check_samples, collate, fingerprint, open_data, order, randomness
+from fsdp_utils import ContextParallel, checkpoint_blocks, clip_gradients, ema_update, load_weights, memory_gib, shard_model, spread, start_ranks, total
 from losses import spo_loss
 from model import WanModel, open_wan, save_wan
+from runs import Signals, append_row, begin_log, check_folder, load_checkpoint, report_skipped, stored_weights
 from sample import KERNELS, log_density, sigma_grid, step_coefficients, step_distribution, weights_digest
 from world import SHAPE, HeldOut, sample_held_out
 
@@ -72,7 +72,8 @@ def parse_args(argv):
     # the run's folder
     p.add_argument("--save_every", type=int, default=10)
     p.add_argument("--keep", type=int, default=2, help="checkpoints that stay")
-    p.add_argument("--resume", default="", help="a step folder, or 'latest'")
+    p.add_argument("--save_minutes", type=float, default=30.0, help="save also when the last checkpoint is so old; 0: never. SIGTERM and SIGINT save too, and stop")
+    p.add_argument("--resume", default="", help="a step folder, 'latest', or 'auto': latest where there is one. What torchrun --max-restarts restarts resumes by itself")
     # the embedded world
     p.add_argument("--eval_clips", type=int, default=256, help="held-out captions sampled before and after, 64 or more; 0: no evaluations")
     return p.parse_args(argv)
@@ -107,9 +108,7 @@ def check_args(args, ranks):
         raise ValueError(f"--batch_size {args.batch_size} captions do not divide over {ranks.data_ranks} data ranks x --grad_accum {args.grad_accum}; "
                          f"take a multiple of {ranks.data_ranks * args.grad_accum}")
     args.out = Path(args.out)
-    log = args.out / "log.jsonl"
-    if log.exists() and log.stat().st_size and not args.resume:
-        raise ValueError(f"{args.out} already holds a run; go on with it (--resume latest), or choose another --out")
+    args.resume = check_folder(args.out, args.resume)
     for flag, path in (("init", args.init), ("score", args.score)):
         if path != "toy" and not Path(path).exists():
             if not (HERE / path).exists():
@@ -215,7 +214,8 @@ def roll_out(args, model, score, batch, positions, seed, shape, branch_from):
             scores = torch.stack([score(member, sigma_next, batch) for member in members], dim=1).float()              # (B, k)
             seconds += time.perf_counter() - began
             if not scores.isfinite().all():
-                raise ValueError(f"the score gave values that are not finite at sigma {sigma_next:.3f}; look at --score {args.score}")
+                of = [name for name, fine in zip(batch["names"], scores.isfinite().all(1).tolist()) if not fine]
+                raise ValueError(f"the score gave values that are not finite at sigma {sigma_next:.3f} for {'; '.join(of)}; look at --score {args.score}")
             best, worst = scores.max(dim=1), scores.min(dim=1)
             kept = torch.tanh((best.values - worst.values) / 2) > threshold_at(args.threshold, sigma_next)
             transitions.append({"sigma": sigma, "sigma_next": sigma_next, "x": x, "win": members[best.indices, rows], "lose": members[worst.indices, rows],
@@ -245,8 +245,9 @@ def transition_loss(args, policy, ref, transition, batch, rows):
 def step_backward(args, policy, ref, parts, scale, sums, step):
     """
     Back-propagate the pairs of one sampler step, for every part of this rank's captions: parts [(batch, transition)]. scale multiplies the sum over pairs;
-    metrics are added to sums. A part without a pair runs one row for nothing: other ranks wait in the collectives of this forward and backward.
+    metrics are added to sums. Returns [(name, loss)] of its pairs. A part without a pair runs one row for nothing: other ranks wait in the collectives of this forward and backward.
     """
+    pairs = []
     for batch, transition in parts:
         rows = transition["kept"].nonzero().flatten()
         counts = float(len(rows) > 0)
@@ -256,6 +257,8 @@ def step_backward(args, policy, ref, parts, scale, sums, step):
             sums[name] = sums.get(name, 0.0) + counts * values.sum().item()
         for name in ("margin", "accuracy"):
             sums[f"{name}/{step}"] = sums.get(f"{name}/{step}", 0.0) + counts * metrics[name].sum().item()
+        pairs += zip([batch["names"][i] for i in rows.tolist()], loss.tolist())
+    return pairs
 
 
 def pool_sums(transitions):
@@ -324,17 +327,11 @@ def main(args):
              "clip", "step_weight", "batch_size", "updates", "learning_rate", "weight_decay", "warmup_steps", "max_grad_norm", "ema_decay")}
     fixed |= {"init": weights_digest(args.init), "score": "toy" if args.score == "toy" else weights_digest(args.score),
               "data": "toy" if toy_world else f"{len(prompts)} samples, {fingerprint(prompts.files)}"}
-    start = 0
-    if args.resume:
-        checkpoint = find_checkpoint(args.out, args.resume)
-        start = load_checkpoint(checkpoint, policy, optimizer, ema, fixed)
+    checkpoint = Path(args.resume)
+    start, skipped = load_checkpoint(args.resume, policy, optimizer, ema, fixed)
     log_path = args.out / "log.jsonl"
     if ranks.rank == 0:
-        args.out.mkdir(parents=True, exist_ok=True)
-        flags = vars(args) | {"out": str(args.out), "ranks": ranks.world, "torch": torch.__version__}
-        write_whole(args.out / "config.json", json.dumps(flags, indent=1).encode())
-        lines = log_path.read_text().splitlines(keepends=True) if log_path.exists() else []
-        write_whole(log_path, "".join(line for line in lines if line.endswith("\n") and json.loads(line)["step"] < start).encode())
+        begin_log(args, start, ranks=ranks.world)
     dist.barrier()
 
     # ---------------- what will happen
@@ -363,6 +360,7 @@ def main(args):
         evaluate("before", ref)
 
     # ---------------- the loop
+    signals = Signals(args.save_minutes)
     for step in range(start, args.steps):
         began = time.perf_counter()
         sums, parts, scoring = {}, [], 0.0
@@ -384,8 +382,9 @@ def main(args):
             pairs = sum(counts[i] for i in mine)
             if not pairs:                                                     # the same on every rank
                 continue
+            seen = []
             for i in mine:                                                    # FSDP averages over ranks; the mean is over the pairs of all ranks
-                step_backward(args, policy, ref, [(batch, transitions[i]) for batch, transitions in parts], ranks.world / (args.beta * pairs), sums, i)
+                seen += step_backward(args, policy, ref, [(batch, transitions[i]) for batch, transitions in parts], ranks.world / (args.beta * pairs), sums, i)
             if step == 0 and not norms:
                 away, = over_ranks([sums["margin_abs"]])
                 if away / pairs > 1e-3:
@@ -396,17 +395,21 @@ def main(args):
             rate = args.learning_rate * min(1.0, (done + 1) / max(1, args.warmup_steps))
             for group in optimizer.param_groups:
                 group["lr"] = rate
-            if not math.isfinite(norms[-1]):
-                raise RuntimeError(f"step {step}: the gradient is not finite; the last checkpoint is whole. Start a new run with a lower --learning_rate or --beta")
-            optimizer.step()
-            if ema is not None:
-                ema_update(ema, policy, min(args.ema_decay, (done + 1) / (done + 10)))
+            skipped = 0 if math.isfinite(norms[-1]) else skipped + 1          # a bounded loss: what is not finite shows in the gradient
+            if skipped:
+                report_skipped(step, skipped, seen)
+            else:
+                optimizer.step()
+                if ema is not None:
+                    ema_update(ema, policy, min(args.ema_decay, (done + 1) / (done + 10)))
             optimizer.zero_grad()
 
+        sums |= signals.asks()
         names = sorted(sums)
-        row = summarise(dict(zip(names, over_ranks([sums[name] for name in names]))), counts, args.batch_size)
+        sums = dict(zip(names, over_ranks([sums[name] for name in names])))
+        row = summarise(sums, counts, args.batch_size)
         forwards = 1 if args.guidance == 1 else 2
-        row = {"step": step, **row, "grad_norm": sum(norms) / max(1, len(norms)), "updates": len(norms), "lr": optimizer.param_groups[0]["lr"],
+        row = {"step": step, **row, "grad_norm": sum(norms) / max(1, len(norms)), "updates": len(norms), "skipped": skipped, "lr": optimizer.param_groups[0]["lr"],
                "policy_forwards": forwards * (args.batch_size * args.sample_steps + row["pairs"]), "policy_backwards": forwards * row["pairs"],
                "score_forwards": args.batch_size * args.pool * branched, "seconds": time.perf_counter() - began, "seconds_rollout": rolling, "seconds_score": scoring,
                "memory_gib": memory_gib(ranks.device)}
@@ -414,10 +417,13 @@ def main(args):
             append_row(log_path, row)
             shown = ("score", "score_end", "gap", "kept", "loss", "accuracy", "margin", "clipped", "grad_norm", "seconds")
             print(f"step {step:>4}  " + "  ".join(f"{name} {row[name]:.4g}" for name in shown if name in row), flush=True)
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
-            checkpoint = save_checkpoint(args.out, step + 1, policy, optimizer, ema, fixed | {"config": asdict(config)}, args.keep)
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps or sums["asks/save"] or sums["asks/stop"]:
+            checkpoint = signals.save(args.out, step + 1, policy, optimizer, ema, fixed | {"config": asdict(config), "skipped": skipped}, args.keep)
+        if sums["asks/stop"]:
+            return signals.leave(checkpoint)
 
     # ---------------- what came out
+    signals.close()
     if ranks.rank == 0:
         weights, read = stored_weights(checkpoint, ema=ema is not None)
         save_wan(weights, args.out / "export", config=config, read=read)
@@ -432,6 +438,6 @@ def main(args):
 
 if __name__ == "__main__":
     try:
-        main(parse_args(sys.argv[1:]))
+        record(main)(parse_args(sys.argv[1:]))                                # torchrun then shows the error of the rank that failed first
     except ValueError as error:
         sys.exit(f"train_spo.py: {error}")

@@ -18,8 +18,9 @@ import losses
 import toy
 import train
 from data import open_data, read_sample
-from fsdp_utils import ContextParallel, add_branches, checkpoint_blocks, chunk_blocks, open_errors, score_reference, start_ranks
+from fsdp_utils import ContextParallel, add_branches, checkpoint_blocks, chunk_blocks, start_ranks
 from model import CONFIGS, WanModel, save_wan
+from runs import open_errors, score_reference
 from world import sample_held_out
 from test_train import main_fails, on_ranks, run, same_run, train_main, world  # noqa: F401  (world is a fixture)
 
