@@ -160,8 +160,8 @@ def save_checkpoint(out, step, policy, optimizer, ema, meta, keep):
     name = f"step_{step:06d}"
     temporary, final = out / f".{name}.tmp", out / name
     if first:
-        for left in out.glob(".step_*"):                   # by killed runs
-            shutil.rmtree(left)
+        for left in [*out.glob(".step_*"), *out.glob(".*.tmp")]:              # by killed runs
+            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
     dist.barrier()
     model_state, optimizer_state = get_state_dict(policy, optimizer)
     state = {"model": model_state, "optimizer": optimizer_state} | ({"ema": get_model_state_dict(ema)} if ema is not None else {})

@@ -103,3 +103,298 @@ def test_a_run_that_is_cut_and_goes_on_is_the_uncut_run_in_every_bit_of_log_weig
     on_ranks(ranks, train_main, argv(world, base, tmp_path / "cut", f"{flags} --resume latest"))
     same_end(tmp_path / "out", tmp_path / "cut")
     assert len(rows(tmp_path / "cut")) == 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("before, after", [(1, 2), (2, 1), (2, 4)])
+def test_on_another_number_of_ranks_a_run_goes_on_to_the_same_numbers_within_1e_5(world, base, tmp_path, before, after):
+    slower = "--learning_rate 3e-5"                                             # at the tests' own rate margins of 30 multiply float32's rounding to 1e-4
+    on_ranks(before, train_main, argv(world, base, tmp_path / "out", slower))
+    go_back(tmp_path / "out", tmp_path / "cut", 2)
+    on_ranks(after, train_main, argv(world, base, tmp_path / "cut", f"{slower} --resume latest"))
+    a, b = (everything(tmp_path / name / "step_000004") for name in ("out", "cut"))
+    for part in ("model.", "ema.", "optimizer."):
+        flat = [torch.cat([x[name].flatten().double() for name in sorted(x) if name.startswith(part) and torch.is_tensor(x[name]) and x[name].ndim]) for x in (a, b)]
+        assert (flat[0] - flat[1]).norm() <= 1e-5 * flat[0].norm(), part
+    for mine, theirs in zip(rows(tmp_path / "out"), rows(tmp_path / "cut"), strict=True):
+        for name in ("loss", "err_win", "err_lose", "ref_err_win", "ref_err_lose", "lr"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-5), (mine["step"], name)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# kills
+
+def start(ranks, function, *arguments):
+    """function(*arguments) on this many ranks, in processes of their own that may be killed."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    processes = [FORKS.Process(target=in_rank, args=(rank, ranks, port, function, arguments)) for rank in range(ranks)]
+    for process in processes:
+        process.start()
+    return processes
+
+
+def finish(processes, seconds=60):
+    """Exit codes, of processes that all must end in this time."""
+    end = time.monotonic() + seconds
+    for process in processes:
+        process.join(max(0.1, end - time.monotonic()))
+    codes = [process.exitcode for process in processes]
+    for process in processes:
+        process.kill()
+    return codes
+
+
+def die_at(folder, change):
+    """kill -9 of this process just before its `change`-th change of anything in folder (a file opened for writing, a rename, a removal, a new folder)."""
+    seen = 0
+
+    def hook(event, arguments):
+        nonlocal seen
+        if event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir") and str(arguments[0]).startswith(str(folder)):
+            if event != "open" or arguments[2] & (os.O_WRONLY | os.O_RDWR):
+                seen += 1
+                if seen == change:
+                    os.kill(os.getpid(), signal.SIGKILL)
+    sys.addaudithook(hook)
+
+
+def tiny_state(ranks):
+    torch.manual_seed(1)
+    model = train.shard_model(WanModel(dataclasses.replace(CONFIGS["tiny"], dim=16, ffn_dim=16, num_layers=1, num_heads=1, text_dim=8)), ranks.mesh)
+    return model, torch.optim.AdamW(model.parameters())
+
+
+def save_steps(out, first, last, change=0):
+    """Checkpoints of these steps, each with its number in all weights, two of them kept; killed before a change of the folder. Returns the number of changes."""
+    model, optimizer = tiny_state(start_ranks())
+    die_at(out, change)
+    for step in range(first, last + 1):
+        with torch.no_grad():
+            for param in model.parameters():
+                param.to_local().fill_(step)
+        save_checkpoint(out, step, model, optimizer, None, {}, keep=2)
+
+
+def whole(out):
+    """The step that `latest` names, which must be whole, as must be all that have the name of a checkpoint; 0 if there is none."""
+    for folder in out.glob("step_*"):
+        weights, read = stored_weights(folder, ema=False)
+        assert {value for name in weights for value in (read(name).min().item(), read(name).max().item())} == {float(folder.name[5:])}
+    return int(Path(find_checkpoint(out, "latest")).name[5:]) if (out / "latest").exists() else 0
+
+
+def kill_everywhere(folder, changes):
+    for change in changes:
+        out = folder / f"killed_{change}"
+        [code] = finish(start(1, save_steps, out, 1, 4, change))
+        if code == 0:                                                          # four saves have fewer changes than that
+            return change
+        assert code == -signal.SIGKILL
+        step = whole(out)
+        assert len(list(out.glob("step_*"))) >= min(2, step)                   # the older one went after the newer was whole
+        assert finish(start(1, save_steps, out, step + 1, 5)) == [0]
+        assert whole(out) == 5 and sorted(path.name for path in out.iterdir()) == ["latest", "step_000004", "step_000005"]
+
+
+@pytest.mark.slow
+def test_a_kill_before_any_change_of_the_folder_leaves_a_whole_checkpoint_and_later_saves_clear_what_it_left(tmp_path):
+    assert kill_everywhere(tmp_path, range(1, 200)) > 40
+
+
+def test_a_kill_in_a_save_leaves_a_whole_checkpoint(tmp_path):
+    kill_everywhere(tmp_path, [31, 38])
+
+
+def slow_saves_main(flags):
+    """train.main on a slow disk: most of its time goes into the saves."""
+    for name, seconds in (("fsync", 0.04), ("rename", 0.003), ("unlink", 0.003)):
+        function = getattr(os, name)
+        setattr(os, name, lambda *args, function=function, seconds=seconds, **options: (time.sleep(seconds), function(*args, **options))[1])
+    train_main(flags)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks, kills", [(1, 14), (2, 6)])
+def test_a_run_killed_at_random_moments_ends_where_the_run_ends_that_nobody_killed(world, base, tmp_path, ranks, kills):
+    flags = "--steps 60 --eval_clips 0 --loss dpo"
+    on_ranks(ranks, train_main, argv(world, base, tmp_path / "out", f"{flags} --save_every 60"))
+    flags += " --save_every 1 --keep 2 --resume auto"
+    numbers, found, out = torch.Generator().manual_seed(ranks), [], tmp_path / "cut"
+    stamp = lambda name: (out / name).stat().st_mtime_ns if (out / name).exists() else 0
+    for kill in range(kills):
+        processes = start(ranks, slow_saves_main, argv(world, base, out, flags))
+        for name in ["config.json"] + ["log.jsonl"] * int(torch.randint(4, (), generator=numbers)):         # when it has begun, or some rows later
+            before, until = stamp(name), time.monotonic() + 30
+            while stamp(name) == before and time.monotonic() < until:
+                time.sleep(0.002)
+        time.sleep(0.25 * torch.rand((), generator=numbers).item())
+        os.kill(processes[int(torch.randint(ranks, (), generator=numbers))].pid, signal.SIGKILL)
+        codes = finish(processes)
+        assert -signal.SIGKILL in codes and None not in codes, codes           # the others do not hang
+        found += [path.name for path in out.iterdir()]
+        if (out / "latest").exists():
+            everything(find_checkpoint(out, "latest"))                         # whole
+    assert any(name.startswith(".step_") for name in found), found             # some of them were in the middle of a save
+    assert finish(start(ranks, train_main, argv(world, base, out, flags))) == [0] * ranks
+    same_end(tmp_path / "out", out)
+    assert sorted(path.name for path in out.iterdir()) == ["config.json", "export", "latest", "log.jsonl", "step_000059", "step_000060"]
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# a full disk
+
+def save_on_a_full_disk(out, full_from):
+    """Four saves; from the step full_from on the disk is full for files of more than 2,000 bytes. Returns what was said."""
+    model, optimizer = tiny_state(start_ranks())
+    for step in range(1, 5):
+        if step == full_from:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
+        try:
+            save_checkpoint(out, step, model, optimizer, None, {}, keep=1)
+        except ValueError as error:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+            return str(error)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_full_disk_is_named_and_the_last_whole_checkpoint_stays_alone(tmp_path, ranks):
+    for message in on_ranks(ranks, save_on_a_full_disk, tmp_path / "out", 3):
+        assert "step_000003 could not be written" in message and "Make room" in message and "latest names, is whole" in message
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["latest", "step_000002"]
+    assert stored_weights(find_checkpoint(tmp_path / "out", "latest"), ema=False)
+
+
+def test_a_log_that_cannot_be_written_is_named(tmp_path):
+    with pytest.raises(ValueError, match="log.jsonl could not be written.*make room"):
+        append_row(tmp_path / "nowhere" / "log.jsonl", {"step": 0})
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# signals, the clock, restarts
+
+def stopped_main(flags, victim, number, at):
+    """train.main; the rank `victim` gets a signal in the middle of step `at`, others none."""
+    backward, seen = train.backward_batch, []
+
+    def interrupted(*arguments):
+        seen.append(0)
+        if len(seen) == at + 1 and int(os.environ["RANK"]) == victim:
+            os.kill(os.getpid(), number)
+        return backward(*arguments)
+    train.backward_batch = interrupted
+    try:
+        train_main(flags)
+    finally:
+        train.backward_batch = backward
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler and signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def stopped_spo(flags, victim, number):
+    update = train_spo.step_backward
+
+    def interrupted(*arguments):
+        if int(os.environ["RANK"]) == victim:
+            os.kill(os.getpid(), number)
+        return update(*arguments)
+    train_spo.step_backward = interrupted
+    try:
+        train_spo.main(train_spo.parse_args(flags))
+    finally:
+        train_spo.step_backward = update
+
+
+@pytest.mark.parametrize("ranks, number", [(1, signal.SIGINT), (2, signal.SIGTERM)])
+def test_a_signal_to_one_rank_saves_and_stops_all_of_them_after_that_step_and_the_run_goes_on_from_there(world, base, tmp_path, ranks, number):
+    flags = "--save_every 100 --loss dpo"
+    on_ranks(ranks, stopped_main, argv(world, base, tmp_path / "out", flags), ranks - 1, number, 1)
+    assert (tmp_path / "out" / "latest").read_text() == "step_000002\n" and len(rows(tmp_path / "out")) == 2 and not (tmp_path / "out" / "export").exists()
+    on_ranks(ranks, train_main, argv(world, base, tmp_path / "out", f"{flags} --resume latest"))
+    on_ranks(ranks, train_main, argv(world, base, tmp_path / "whole", flags))
+    same_end(tmp_path / "whole", tmp_path / "out")
+
+
+def spo_argv(world, base, out, flags):
+    return ["--init", str(base), "--data", str(world / "data" / "real"), "--score", str(base.parent / "judge"), "--out", str(out), "--batch_size", "4", "--steps", "2",
+            "--sample_steps", "5", "--pool", "3", "--threshold", "0.0", "--updates", "2", "--save_every", "9", *flags.split()]
+
+
+@pytest.mark.slow
+def test_spo_saves_and_stops_on_a_signal_and_goes_on_bit_for_bit(world, base, tmp_path):
+    on_ranks(2, stopped_spo, spo_argv(world, base, tmp_path / "out", ""), 1, signal.SIGTERM)
+    assert (tmp_path / "out" / "latest").read_text() == "step_000001\n"
+    for out in ("out", "whole"):
+        on_ranks(2, stopped_spo, spo_argv(world, base, tmp_path / out, "--resume auto"), -1, signal.SIGTERM)
+    same_end(tmp_path / "whole", tmp_path / "out")
+
+
+def test_only_a_second_signal_some_seconds_later_is_obeyed_at_once(monkeypatch):
+    watch, clock = runs.Watch(0), [100.0]
+    try:
+        monkeypatch.setattr(runs.time, "monotonic", lambda: clock[0])
+        for clock[0] in (100.0, 100.1, 104.9):                                 # torchrun passes on what the terminal sent already
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.01)
+            assert watch.asks() == {"asks/stop": 1.0, "asks/save": 0.0}
+        clock[0] = 106.0
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(0.01)
+    finally:
+        watch.close()
+
+
+def test_a_checkpoint_is_written_when_the_last_one_is_so_many_minutes_old(world, base, tmp_path, monkeypatch):
+    on_ranks(1, train_main, argv(world, base, tmp_path / "out", "--steps 3 --loss sft --save_every 100 --save_minutes 1e-9"))
+    assert sorted(path.name for path in (tmp_path / "out").glob("step_*")) == ["step_000001", "step_000002", "step_000003"]
+    saved, clock = [], [1000.0]
+    monkeypatch.setattr(runs.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(runs, "save_checkpoint", lambda *state: saved.append(state))
+    watch = runs.Watch(2.0)
+    for clock[0], due in ((1119.0, 0.0), (1121.0, 1.0)):
+        assert watch.asks()["asks/save"] == due
+    watch.save(7)
+    assert saved == [(7,)] and watch.asks()["asks/save"] == 0.0
+    watch.close()
+
+
+def test_what_resume_comes_to(tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    assert check_folder(out, "") == check_folder(out, "auto") == ""            # nothing there yet
+    out.mkdir()
+    (out / "log.jsonl").write_text('{"step": 0}\n')
+    assert check_folder(out, "auto") == ""                                     # killed before its first checkpoint: from the start
+    for refused, words in (("", "stopped before its first checkpoint"), ("latest", "has no checkpoint"), (str(tmp_path / "other" / "step_000001"), "another run")):
+        with pytest.raises(ValueError, match=words):
+            check_folder(out, refused)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")                      # torchrun's first start is none
+    with pytest.raises(ValueError, match="already holds a run"):
+        check_folder(out, "")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert check_folder(out, "") == check_folder(out, "latest") == ""
+    other = tmp_path / "other" / "step_000003"
+    for folder in (other, out / "step_000004", out / "step_000008"):
+        folder.mkdir(parents=True)
+        (folder / "meta.json").write_text("{}")
+    assert check_folder(out, str(other)) == str(other)                         # from another run's, until there is one of its own
+    (out / "latest").write_text("step_000008\n")
+    for asked in ("", "auto", "latest", str(other), str(out / "step_000004")):
+        assert check_folder(out, asked) == str(out / "step_000008")
+    monkeypatch.delenv("TORCHELASTIC_RESTART_COUNT")
+    assert check_folder(out, str(out / "step_000004")) == str(out / "step_000004")
+    (out / "step_000008" / "meta.json").unlink()
+    with pytest.raises(ValueError, match="step_000008 holds no whole checkpoint"):
+        check_folder(out, "latest")
+
+
+def test_going_on_from_an_older_step_makes_it_the_latest_so_that_a_kill_does_not_leave_a_gap_in_the_log(tmp_path):
+    out = tmp_path / "out"
+    for step in (2, 4):
+        (out / f"step_00000{step}").mkdir(parents=True)
+    (out / "latest").write_text("step_000004\n")
+    (out / "log.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in range(4)) + '{"step": 4, "lo')
+    runs.begin_log(SimpleNamespace(out=out, resume=str(out / "step_000002"), defaults={}), 2, ranks=3)
+    assert (out / "latest").read_text() == "step_000002\n"
+    assert [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()] == [0, 1]
+    assert json.loads((out / "config.json").read_text())["ranks"] == 3
