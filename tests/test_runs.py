@@ -1,5 +1,7 @@
 """Nothing lost: exact resume, kills at any moment, full disks, signals, numbers that are none, checkpoints from strangers."""
+import contextlib
 import dataclasses
+import io
 import json
 import math
 import os
@@ -398,3 +400,144 @@ def test_going_on_from_an_older_step_makes_it_the_latest_so_that_a_kill_does_not
     assert (out / "latest").read_text() == "step_000002\n"
     assert [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()] == [0, 1]
     assert json.loads((out / "config.json").read_text())["ranks"] == 3
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# numbers that are none
+
+def poisoned_main(flags, rank, steps, what):
+    """train.main; on one rank the loss (or the gradient alone) of the first pair of these steps is not a number. Returns what was printed, or raised."""
+    backward, seen, said = train.backward_batch, [], io.StringIO()
+
+    def poisoned(args, policy, ref, batch, *rest):
+        seen.append(0)
+        bad = len(seen) - 1 in steps and int(os.environ["RANK"]) == rank
+        if bad and what == "loss":
+            batch["win"][0] = float("inf")
+        metrics = backward(args, policy, ref, batch, *rest)
+        if bad and what == "gradient":
+            next(p for p in policy.parameters() if p.grad is not None and p.grad.to_local().numel()).grad.to_local().view(-1)[0] = float("nan")
+        return metrics
+    train.backward_batch = poisoned
+    try:
+        with contextlib.redirect_stdout(said):
+            train_main(flags)
+        return said.getvalue()
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        train.backward_batch = backward
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_a_number_that_is_none_on_one_rank_skips_the_step_on_all_and_is_counted_also_over_a_resume(world, base, tmp_path, what):
+    out = tmp_path / "out"
+    said, silent = on_ranks(2, poisoned_main, argv(world, base, out, "--loss dpo --steps 5"), 1, [1, 2], what)
+    assert [row["skipped"] for row in rows(out)] == [0, 1, 2, 0, 0]
+    assert [math.isfinite(row["grad_norm"]) for row in rows(out)] == [True, False, False, True, True]
+    assert all(math.isfinite(row["loss"]) == (what == "gradient" or row["step"] not in (1, 2)) for row in rows(out))
+    first = open_data(world / "data", pairs=True)[order(0, 4 + 2, 24)]["name"]                          # position 6 is the first of rank 1 in step 1
+    [line] = [line for line in said.splitlines() if line.startswith("step     1  skipped: the loss or its gradient was not finite")]
+    assert first in line and line.count(", lose ") == (1 if what == "loss" else 4) and not silent       # whose loss it was is known to the pair
+    end = everything(out / "step_000005")
+    assert all(torch.isfinite(value).all() for value in end.values() if torch.is_tensor(value))
+    on_ranks(2, poisoned_main, argv(world, base, go_back(out, tmp_path / "cut", 2), "--loss dpo --steps 5 --resume latest"), 1, [0], what)
+    assert [row["skipped"] for row in rows(tmp_path / "cut")] == [0, 1, 2, 0, 0]                        # the second in a row, though the first of this process
+
+
+def test_ten_skipped_steps_in_a_row_stop_every_rank_and_name_the_pairs(world, base, tmp_path):
+    messages = on_ranks(2, poisoned_main, argv(world, base, tmp_path / "out", "--loss regdpo --steps 20 --save_every 4"), 1, range(3, 99), "loss")
+    name = open_data(world / "data", pairs=True)[order(0, 4 * 12 + 2, 24)]["name"]
+    assert messages[0] == messages[1] and "10 steps in a row up to step 12" in messages[0] and name in messages[0] and "--learning_rate" in messages[0]
+    assert (tmp_path / "out" / "latest").read_text() == "step_000012\n"
+    before, after = (everything(tmp_path / "out" / f"step_0000{step}") for step in ("04", "12"))
+    assert all(torch.equal(before[name], after[name]) for name in before if torch.is_tensor(before[name]))                       # nothing was updated since
+
+
+def spo_poisoned(flags, what):
+    clip, seen = train_spo.clip_gradients, []
+
+    def poisoned(params, *rest):
+        seen.append(0)
+        if len(seen) in what:
+            next(p for p in params if p.grad.to_local().numel()).grad.to_local().view(-1)[0] = float("inf")
+        return clip(params, *rest)
+    train_spo.clip_gradients = poisoned
+    try:
+        train_spo.main(train_spo.parse_args(flags))
+    except RuntimeError as error:
+        return str(error)
+    finally:
+        train_spo.clip_gradients = clip
+
+
+@pytest.mark.slow
+def test_spo_skips_and_counts_updates_without_a_finite_gradient(world, base, tmp_path):
+    assert on_ranks(2, spo_poisoned, spo_argv(world, base, tmp_path / "out", ""), [2]) == [None, None]
+    assert [row["skipped"] for row in rows(tmp_path / "out")] == [1, 0]
+    [message] = on_ranks(1, spo_poisoned, spo_argv(world, base, tmp_path / "stopped", "--steps 9"), range(99))
+    assert "10 steps in a row up to step 4" in message and "real/" in message
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# checkpoints from strangers
+
+class Evil:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.fixture
+def stranger(tmp_path):
+    """A folder with a checkpoint, and a path that must not come to be."""
+    on_ranks(1, save_steps, tmp_path / "out", 1, 1)
+    return tmp_path / "out" / "step_000001", tmp_path / "owned"
+
+
+def resume_from(folder):
+    model, optimizer = tiny_state(start_ranks())
+    with pytest.raises(ValueError) as error:
+        load_checkpoint(str(folder), model, optimizer, None, {})
+    return str(error.value)
+
+
+def test_an_index_that_calls_anything_is_refused_before_it_is_called(stranger):
+    folder, owned = stranger
+    for content, words in ((pickle.dumps(Evil(owned)), "posix.mkdir"), (pickle.dumps({"a": eval}), "builtins.eval"), (b"", "Ran out of input"), (b"\x80\x04K\x01.", "no index"),
+                           (b"\x80\x04\x8c\x25torch.distributed.checkpoint.metadata\x8c\x11Metadata.__init__\x93.", "Metadata.__init__")):
+        (folder / ".metadata").write_bytes(content)
+        for use in (resume_from, lambda folder: refusal(stored_weights, folder, False)):
+            message = use(folder) if use is not resume_from else on_ranks(1, resume_from, folder)[0]
+            assert words in message and str(folder) in message, message
+    assert not owned.exists()
+
+
+def refusal(call, *arguments):
+    with pytest.raises(ValueError) as error:
+        call(*arguments)
+    return str(error.value)
+
+
+def test_an_index_that_names_files_elsewhere_is_refused(stranger):
+    index = runs.Reader(stranger[0]).index
+    for info in index.storage_data.values():
+        info.relative_path = "../../secret"
+    (stranger[0] / ".metadata").write_bytes(pickle.dumps(index))
+    assert "'../../secret'" in refusal(stored_weights, stranger[0], False)
+
+
+def test_a_pickle_among_the_numbers_of_a_checkpoint_is_not_called(stranger, tmp_path):
+    folder, owned = stranger
+    dcp.save({"optimizer": {"betas": Evil(owned)}}, checkpoint_id=tmp_path / "evil", no_dist=True)
+    with pytest.raises(BaseException, match="mkdir"):
+        dcp.load({"optimizer": {"betas": None}}, storage_reader=runs.Reader(tmp_path / "evil"), planner=runs.Planner(), no_dist=True)
+    assert not owned.exists()
+
+
+def test_a_damaged_checkpoint_is_named(stranger):
+    [file] = stranger[0].glob("*.distcp")
+    file.write_bytes(file.read_bytes()[:-3000])
+    assert re.search(f"--resume {stranger[0]}: it is damaged .*resume from another step folder", on_ranks(1, resume_from, stranger[0])[0], re.S)
