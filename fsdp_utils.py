@@ -62,10 +62,12 @@ def start_ranks(pair=False, cp_size=1, replicate=1):
     if not dist.is_initialized():
         # on GPUs gloo too, for gradients that live on the CPU; 30 minutes, as one rank may write a data set while others wait
         backend, timeout = ("cpu:gloo,cuda:nccl" if cuda else "gloo"), timedelta(minutes=30)
+        store, rank = dist.HashStore(), 0
         if "RANK" in os.environ:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+            store, rank, _ = next(dist.rendezvous("env://", timeout=timeout))
+            if os.environ.get("LOCAL_WORLD_SIZE") == os.environ["WORLD_SIZE"]:     # ranks restarted by torchrun find the dead ones' addresses in its store, and would wait for them
+                store = dist.PrefixStore(f"start {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
     grid = init_device_mesh(device.type, (world // (branches * cp_size), branches, cp_size), mesh_dim_names=("data", "pair", "cp"))
     mesh = (init_device_mesh(device.type, (world,)) if replicate == 1
             else init_device_mesh(device.type, (replicate, world // replicate), mesh_dim_names=("replicate", "shard")))

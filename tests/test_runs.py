@@ -541,3 +541,77 @@ def test_a_damaged_checkpoint_is_named(stranger):
     [file] = stranger[0].glob("*.distcp")
     file.write_bytes(file.read_bytes()[:-3000])
     assert re.search(f"--resume {stranger[0]}: it is damaged .*resume from another step folder", on_ranks(1, resume_from, stranger[0])[0], re.S)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# torchrun
+
+DRIVER = """
+import os, runpy, signal, sys
+sys.path.insert(0, {root!r})
+import runs
+asks, calls = runs.Watch.asks, []
+
+def at_the_third_step(self):
+    calls.append(0)
+    if len(calls) == 3 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        {action}
+    return asks(self)
+runs.Watch.asks = at_the_third_step
+runpy.run_path({root!r} + "/train.py", run_name="__main__")
+"""
+
+
+def torchrun(tmp_path, action, flags, restarts=0):
+    (tmp_path / "driver.py").write_text(DRIVER.format(root=str(ROOT), action=action))
+    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max-restarts={restarts}", str(tmp_path / "driver.py"), *flags],
+                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.slow
+def test_ranks_that_torchrun_restarts_go_on_by_themselves_to_the_same_end(world, base, tmp_path):
+    done = torchrun(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)", argv(world, base, tmp_path / "out", "--save_every 1 --steps 6"), restarts=1)
+    said = done.communicate(timeout=100)[0]
+    assert done.returncode == 0 and "steps 2 to 6" in said, said
+    on_ranks(2, train_main, argv(world, base, tmp_path / "whole", "--steps 6"))
+    same_end(tmp_path / "whole", tmp_path / "out")
+
+
+@pytest.mark.slow
+def test_one_rank_that_raises_ends_the_job_in_bounded_time_with_its_cause_shown(world, base, tmp_path):
+    began = time.monotonic()
+    done = torchrun(tmp_path, 'raise ValueError("negatives/017.safetensors: no such file")', argv(world, base, tmp_path / "out", ""))
+    said = done.communicate(timeout=100)[0]
+    assert done.returncode == 1 and time.monotonic() - began < 60
+    root_cause = said.split("Root Cause")[1]
+    assert "rank      : 1" in root_cause and "ValueError: negatives/017.safetensors: no such file" in root_cause, said
+
+
+@pytest.mark.slow
+def test_a_signal_to_torchrun_saves_and_stops_all_ranks(world, base, tmp_path):
+    job = torchrun(tmp_path, "pass", argv(world, base, tmp_path / "out", "--save_every 10000 --steps 10000"))
+    until = time.monotonic() + 60
+    while not ((tmp_path / "out" / "log.jsonl").exists() and rows(tmp_path / "out")) and time.monotonic() < until:
+        time.sleep(0.05)
+    job.send_signal(signal.SIGTERM)
+    said = job.communicate(timeout=29)[0]                                      # at 30 seconds torchrun kills
+    steps = len(rows(tmp_path / "out"))
+    assert (tmp_path / "out" / "latest").read_text() == f"step_{steps:06d}\n" and "stopped by a signal" in said, said
+    everything(tmp_path / "out" / f"step_{steps:06d}")
+
+
+def meet(delay, again):
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(again), "LOCAL_WORLD_SIZE": os.environ["WORLD_SIZE"]}
+    time.sleep(delay * int(os.environ["RANK"]))
+    ranks = start_ranks()
+    dist.barrier()
+    os._exit(0 if ranks.world == 2 else 1)
+
+
+def test_restarted_ranks_do_not_wait_for_the_dead_ones_whose_addresses_are_in_the_store():
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)                       # torchrun's, which outlives a start
+    for again in (0, 1):
+        processes = [FORKS.Process(target=in_rank, args=(rank, 2, store.port, meet, (0.5 * again, again))) for rank in range(2)]
+        for process in processes:
+            process.start()
+        assert finish(processes, 20) == [0, 0]
