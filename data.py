@@ -138,7 +138,7 @@ def summary(sample):
 
 def read_summaries(files):
     """{path: (shapes by name, prompt or None)}, from headers alone. One number of channels and one context width for all."""
-    summaries, first = {}, None
+    summaries, alike, first = {}, {}, None
     for path in files:
         header = read_header(path)
         widths = (header["latents"].shape[0], header["context"].shape[1])   # C, D
@@ -146,7 +146,8 @@ def read_summaries(files):
         if widths != first[1]:
             raise ValueError(f"{path}: {widths[0]} latent channels and context width {widths[1]}, but {first[0]} has {first[1][0]} and {first[1][1]}; "
                              "encode all samples with one encoder")
-        summaries[path] = summary(header)
+        found = summary(header)
+        summaries[path] = alike.setdefault((*sorted(found[0].items()), found[1]), found)               # of two million files most look alike
     return summaries
 
 
@@ -213,7 +214,7 @@ class PairSet:
     """
     pairs: list of (win file, lose file). The headers of all files are checked here, tensors when an item is read.
     Item: {"win", "lose": (C, F, H, W), "context": (T, D), conditions, "name"}; context and conditions are the win's and serve both.
-    `unpaired`: stems of the real samples that no negative was found for. `wins`: as in SampleSet.
+    `unpaired`: stems of the real samples that no negative was found for. `wins`: as in SampleSet, `losers` likewise. `sources`: names of their folders.
     """
 
     def __init__(self, pairs, unpaired=()):
@@ -221,7 +222,8 @@ class PairSet:
         summaries = read_summaries(dict.fromkeys(path for pair in self.pairs for path in pair))   # a win may have many negatives: read it once
         for win, lose in self.pairs:
             check_pair(win, lose, summaries[win], summaries[lose])
-        self.wins = {win: summaries[win] for win, _ in self.pairs}
+        self.wins, self.losers = ({pair[side]: summaries[pair[side]] for pair in self.pairs} for side in (0, 1))
+        self.sources = {lose.parent.name for lose in self.losers}
 
     def __len__(self):
         return len(self.pairs)
@@ -253,24 +255,24 @@ def pairs_by_stem(real, negatives):
 
 
 def read_jsonl(path):
-    """-> list of ("file:line", dict), one for every line that is not blank."""
-    rows = []
-    for number, line in enumerate(Path(path).read_bytes().splitlines(), start=1):
-        if line.strip():
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise ValueError(f"{path}:{number}: not JSON ({error}); every line is one object") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{path}:{number}: a {type(row).__name__}, expected one object a line")
-            rows.append((f"{path}:{number}", row))
-    return rows
+    """Yields ("file:line", dict), one for every line that is not blank."""
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                try:
+                    row = json.loads(line)
+                except (ValueError, RecursionError) as error:
+                    raise ValueError(f"{path}:{number}: not JSON ({error}); every line is one object") from error
+                if not isinstance(row, dict):
+                    raise ValueError(f"{path}:{number}: a {type(row).__name__}, expected one object a line")
+                yield f"{path}:{number}", row
 
 
 def file_inside(folder, name, where):
     """The file `name` of a manifest's `folder`. A manifest may come from anyone: it reaches no file outside its own folder, links included."""
     try:
-        inside = not Path(name).is_absolute() and (Path(folder).resolve() / name).resolve().is_relative_to(Path(folder).resolve())
+        root = Path(folder).resolve()
+        inside = not Path(name).is_absolute() and (root / name).resolve().is_relative_to(root)
         found = inside and (Path(folder) / name).is_file()
     except (OSError, RuntimeError, ValueError) as error:   # name too long, ring of links, zero byte
         raise ValueError(f"{where}: {name!r:.200} is no file name ({error})") from error
@@ -282,23 +284,25 @@ def file_inside(folder, name, where):
 
 
 def pairs_from_jsonl(path):
-    """One pair a line: {"win": file, "lose": file, "prompt": text}, files relative to the folder of the .jsonl and inside it."""
-    pairs = []
+    """One pair a line: {"win": file, "lose": file, "prompt": text}, files relative to the folder of the .jsonl and inside it. Each file is looked at once."""
+    pairs, files, asked = [], {}, {}
     for where, row in read_jsonl(path):
         for key in ("win", "lose", "prompt"):
             if not isinstance(row.get(key), str):
                 raise ValueError(f"{where}: `{key}` is {row.get(key)!r:.80}, expected text; a pair is an object with win, lose and prompt")
-        win, lose = (file_inside(Path(path).parent, row[key], where) for key in ("win", "lose"))
+        win, lose = (files.get(row[key]) or files.setdefault(row[key], file_inside(Path(path).parent, row[key], where)) for key in ("win", "lose"))
         if win == lose:
             raise ValueError(f"{where}: win and lose are the same file, {row['win']!r}")
-        for file in (win, lose):
-            prompt = read_header(file)["metadata"].get("prompt", row["prompt"])
-            if prompt != row["prompt"]:
-                raise ValueError(f'{where}: the prompt is "{row["prompt"]}", but {file} was made for "{prompt}"')
+        asked.setdefault((win, row["prompt"]), where), asked.setdefault((lose, row["prompt"]), where)
         pairs.append((win, lose))
     if not pairs:
         raise ValueError(f"{path}: no pairs; expected one object with win, lose and prompt a line")
-    return PairSet(pairs)
+    found = PairSet(pairs)
+    for (file, prompt), where in asked.items():
+        _, made_for = found.wins.get(file) or found.losers[file]
+        if made_for not in (None, prompt):
+            raise ValueError(f'{where}: the prompt is "{prompt}", but {file} was made for "{made_for}"')
+    return found
 
 
 def open_data(path, pairs):
@@ -324,14 +328,18 @@ def open_data(path, pairs):
 
 def fingerprint(files):
     """Sixteen digits that name the contents of these files, in this order: sha256 of name, size, and 4 KiB at the start, the middle and the end of each."""
-    digest = hashlib.sha256()
-    for path in files:
+    @lru_cache(maxsize=None)
+    def of_one(path):
         size = Path(path).stat().st_size
-        digest.update(f"{Path(path).name} {size}\n".encode())
+        digest = hashlib.sha256(f"{Path(path).name} {size}\n".encode())
         with open(path, "rb") as file:
             for begin in (0, size // 2, max(0, size - 4096)):
                 file.seek(begin)
                 digest.update(file.read(4096))
+        return digest.digest()
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(of_one(path))
     return digest.hexdigest()[:16]
 
 

@@ -426,7 +426,7 @@ def main(args):
              "max_grad_norm", "loss_scale", "ema_decay", "caption_dropout", *LOSS_FLAGS[args.loss])}
     files = [path for pair in dataset.pairs for path in pair] if needs_pairs else dataset.files
     fixed |= {"init": "scratch" if args.init == "scratch" else weights_digest(args.init),
-              "data": f"{len(dataset)} {'pairs' if needs_pairs else 'samples'}, {seed_of([Path(path).name for path in files]):x}"}
+              "data": f"{len(dataset)} {'pairs' if needs_pairs else 'samples'}, {seed_of([path.name for path in files]):x}"}
     if toy_world and needs_pairs:
         fixed |= {"guidance": args.guidance, "sample_steps": args.sample_steps}                  # of the negatives
     if args.decay_steps:
@@ -497,7 +497,6 @@ def main(args):
 
     # ---------------- the loop
     watch = Watch(rows)
-    sources = {dataset.source(i) for i in range(len(dataset))} if needs_pairs else set()
     scale = args.loss_scale * ranks.world / args.batch_size                   # FSDP averages over all ranks; a step is the mean over its pairs
     aside = [None] * len(list(policy.parameters())) if args.branch_norms else ()
     signals = Signals(args.save_minutes)
@@ -516,7 +515,7 @@ def main(args):
             margins += metrics["margin"].tolist() if needs_pairs else []
             samples += zip(batch["names"], metrics["loss"].tolist())
         row, counts = summarise(sums | signals.asks(), margins, ranks.device)
-        if len(sources) > 1:                                                  # which folders of losers the pairs came from
+        if needs_pairs and len(dataset.sources) > 1:                          # which folders of losers the pairs came from
             row["sources"] = Counter(dataset.source(order(args.seed, p, len(dataset))) for p in range(step * args.batch_size, (step + 1) * args.batch_size))
 
         if needs_pairs and step == 0 and row["margin_abs"] > (1e-6 if args.loss == "ipo" else 1e-3):    # IPO's margin has no beta

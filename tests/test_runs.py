@@ -332,19 +332,19 @@ def test_spo_saves_and_stops_on_a_signal_and_goes_on_bit_for_bit(world, base, tm
 
 
 def test_only_a_second_signal_some_seconds_later_is_obeyed_at_once(monkeypatch):
-    watch, clock = runs.Watch(0), [100.0]
+    signals, clock = runs.Signals(0), [100.0]
     try:
         monkeypatch.setattr(runs.time, "monotonic", lambda: clock[0])
         for clock[0] in (100.0, 100.1, 104.9):                                 # torchrun passes on what the terminal sent already
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.01)
-            assert watch.asks() == {"asks/stop": 1.0, "asks/save": 0.0}
+            assert signals.asks() == {"asks/stop": 1.0, "asks/save": 0.0}
         clock[0] = 106.0
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.01)
     finally:
-        watch.close()
+        signals.close()
 
 
 def test_a_checkpoint_is_written_when_the_last_one_is_so_many_minutes_old(world, base, tmp_path, monkeypatch):
@@ -353,12 +353,12 @@ def test_a_checkpoint_is_written_when_the_last_one_is_so_many_minutes_old(world,
     saved, clock = [], [1000.0]
     monkeypatch.setattr(runs.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(runs, "save_checkpoint", lambda *state: saved.append(state))
-    watch = runs.Watch(2.0)
+    signals = runs.Signals(2.0)
     for clock[0], due in ((1119.0, 0.0), (1121.0, 1.0)):
-        assert watch.asks()["asks/save"] == due
-    watch.save(7)
-    assert saved == [(7,)] and watch.asks()["asks/save"] == 0.0
-    watch.close()
+        assert signals.asks()["asks/save"] == due
+    signals.save(7)
+    assert saved == [(7,)] and signals.asks()["asks/save"] == 0.0
+    signals.close()
 
 
 def test_what_resume_comes_to(tmp_path, monkeypatch):
@@ -550,14 +550,14 @@ DRIVER = """
 import os, runpy, signal, sys
 sys.path.insert(0, {root!r})
 import runs
-asks, calls = runs.Watch.asks, []
+asks, calls = runs.Signals.asks, []
 
 def at_the_third_step(self):
     calls.append(0)
     if len(calls) == 3 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         {action}
     return asks(self)
-runs.Watch.asks = at_the_third_step
+runs.Signals.asks = at_the_third_step
 runpy.run_path({root!r} + "/train.py", run_name="__main__")
 """
 
