@@ -14,7 +14,6 @@ import socket
 import subprocess
 import sys
 import time
-from multiprocessing.connection import wait
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -30,7 +29,7 @@ import train_spo
 from data import open_data, order
 from fsdp_utils import start_ranks
 from model import CONFIGS, WanModel, save_wan
-from runs import append_row, check_folder, find_checkpoint, load_checkpoint, report_skipped, save_checkpoint, stored_weights
+from runs import append_row, check_folder, find_checkpoint, load_checkpoint, save_checkpoint, stored_weights
 from test_train import FORKS, in_rank, on_ranks, train_main, world  # noqa: F401  (world is a fixture)
 
 ROOT = Path(__file__).resolve().parent.parent
