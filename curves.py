@@ -57,8 +57,8 @@ def runs_from_both(rows):
 
 def collapsed(rows):
     recent = late(rows)
-    if is_long(rows, 10) and mean(recent, "win_ratio") > 5:
-        return (f"errors of wins are {mean(recent, 'win_ratio'):.1f} times the reference's: the model has left what it could do. Go back to an earlier checkpoint "
+    if is_long(rows, 10) and (mean(recent, "win_ratio") > 5 or mean(recent, "win_gap") > 0.5):
+        return (f"errors of wins are {mean(recent, 'win_ratio'):.1f} times the reference's (win_gap {mean(recent, 'win_gap'):.2g}): the model has left what it could do. Go back to an earlier checkpoint "
                 "with a lower --learning_rate")
     return ""
 
