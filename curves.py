@@ -11,6 +11,7 @@ import json
 import sys
 from collections import deque
 from pathlib import Path
+from statistics import median
 
 WINDOW = 50    # steps that a rule looks back on: a step of 16 pairs says little
 
@@ -57,8 +58,8 @@ def runs_from_both(rows):
 
 def collapsed(rows):
     recent = late(rows)
-    if is_long(rows, 10) and mean(recent, "win_ratio") > 5:
-        return (f"errors of wins are {mean(recent, 'win_ratio'):.1f} times the reference's: the model has left what it could do. Go back to an earlier checkpoint "
+    if is_long(rows, 10) and (mean(recent, "win_ratio") > 5 or mean(recent, "win_gap") > 0.5):
+        return (f"errors of wins are {mean(recent, 'win_ratio'):.1f} times the reference's (win_gap {mean(recent, 'win_gap'):.2g}): the model has left what it could do. Go back to an earlier checkpoint "
                 "with a lower --learning_rate")
     return ""
 
@@ -84,7 +85,7 @@ def overshoots(rows):
 
 def saturated(rows):
     recent = late(rows)
-    if is_long(rows) and mean(recent, "saturated") > 0.9 and mean(recent, "accuracy") > 0.97:
+    if is_long(rows) and mean(recent, "saturated") > 0.9 and mean(recent, "accuracy") > 0.95:
         return (f"{mean(recent, 'saturated'):.0%} of the margins are beyond 5 and accuracy is {mean(recent, 'accuracy'):.2f}: these pairs are learnt. More or harder pairs, "
                 "a lower --beta, or stop")
     return ""
@@ -93,8 +94,8 @@ def saturated(rows):
 def dead(rows):
     recent = late(rows)
     beta = 2 * rows[0].get("dgr", 0.0)                     # policy and reference are equal at step 0, where dgr is beta / 2
-    if is_long(rows) and rows[0]["step"] == 0 and 0 < mean(recent, "dgr") < 0.01 * beta:
-        return (f"the gradient ratio is {mean(recent, 'dgr'):.2g}, of {beta / 2:.3g} at the start: the preference no longer moves the model"
+    if is_long(rows) and rows[0]["step"] == 0 and beta and median(row["dgr"] for row in recent) < 1e-3 * beta:    # one wrong pair would spoil a mean
+        return (f"the gradient ratio is {median(row['dgr'] for row in recent):.2g} in the typical step, of {beta / 2:.3g} at the start: the preference no longer moves the model"
                 + (", and with r = dgr neither does the SFT term. A fixed --r, a lower --beta, or stop" if "loss_sft" in recent[-1] else ". A lower --beta, harder pairs, or stop"))
     return ""
 

@@ -108,7 +108,7 @@ def parse_args(argv):
     p.add_argument("--export_dtype", default="float32", choices=["float32", "bfloat16"])
     # the embedded world
     p.add_argument("--toy_clips", type=int, default=512, help="real clips made for --data toy")
-    p.add_argument("--sample_every", type=int, default=0, help="steps between evaluations in the loop; 0: only before and after")
+    p.add_argument("--sample_every", type=int, default=0, help="steps between evaluations in the loop, or of other data previews; 0: only before and after, or none")
     p.add_argument("--eval_clips", type=int, default=256, help="held-out captions sampled in an evaluation, 64 or more; 0: no evaluations")
     p.add_argument("--sample_steps", type=int, default=20)
     p.add_argument("--guidance", type=float, default=1.0, help="of the negatives and of evaluations; 1: the model's own distribution, which a loser should be from")

@@ -130,7 +130,7 @@ def test_the_command_prints_verdicts_of_any_log_and_leaves_out_a_line_cut_short(
         log.write('{"step": 120, "lo')
     curves.main([str(tmp_path / "log.jsonl"), "--no_plot"])
     printed = capsys.readouterr()
-    assert "120 rows, to step 119" in printed.out and "DEAD: the gradient ratio is 0.1, of 500 at the start" in printed.out and "line 121" in printed.err
+    assert "120 rows, to step 119" in printed.out and "DEAD: the gradient ratio is 0.1 in the typical step, of 500 at the start" in printed.out and "line 121" in printed.err
     write(tmp_path / "log.jsonl", [HEALTHY | {"step": step} for step in range(120)])
     curves.main([str(tmp_path / "log.jsonl"), "--no_plot"])
     assert "no rule fired" in capsys.readouterr().out
