@@ -285,6 +285,17 @@ def test_what_is_there_is_kept_and_other_settings_are_refused(base, pairs):
         sample.make_negatives(base[1], "another model", pairs, steps=2)
 
 
+def test_a_negative_whose_real_sample_has_changed_is_refused_and_one_that_does_not_tell_is_kept(base, pairs):
+    sample.make_negatives(base[1], "m", pairs, steps=1)
+    real, lose = (read_sample(pairs / name / "04.safetensors") for name in ("real", "negatives"))
+    write_sample(pairs / "real" / "04.safetensors", real["latents"] + 1, real["context"], real["metadata"])
+    with pytest.raises(ValueError, match="negatives/04.safetensors was made for .*real/04.safetensors.* has changed .*delete the negative"):
+        sample.make_negatives(base[1], "m", pairs, steps=1)
+    older = {name: value for name, value in lose["metadata"].items() if name != "real"}
+    write_sample(pairs / "negatives" / "04.safetensors", lose["latents"], lose["context"], older)
+    assert sample.make_negatives(base[1], "m", pairs, steps=1) == 0
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_stopped_and_leaves_no_half_file(base, pairs):
     command = [sys.executable, str(ROOT / "sample.py"), "--init", str(base[0]), "--pairs", str(pairs), "--steps", "20", "--batch_size", "1"]
