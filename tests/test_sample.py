@@ -324,6 +324,19 @@ def test_prompts_become_videos_a_sheet_and_samples(base, tmp_path):
     assert read_sample(tmp_path / "out" / "00001.safetensors")["metadata"]["prompt"] == "small blue square moving slowly up"
 
 
+def test_prompts_of_any_kind_become_numbered_files_in_the_folder_and_nothing_else(base, tmp_path):
+    pytest.importorskip("av", reason="mp4 files need PyAV (requirements-video.txt)")
+    prompts = ["../../outside", "/etc/passwd", "a\0b", "x" * 5000, "猫 \u202e\n~", "-rf *", "same", "same", "a.txt/../b.txt", ""]
+    before = set(tmp_path.parent.iterdir())
+    args = sample.parse_args(["--init", str(base[0]), "--out", str(tmp_path / "a" / "out"), "--steps", "1", "--prompts", "x"])
+    args.prompts = prompts                                                     # what no shell would pass on, too
+    sample.main(args)
+    out = tmp_path / "a" / "out"
+    assert sorted(path.name for path in out.iterdir()) == sorted([f"{i:05d}.{kind}" for i in range(10) for kind in ("mp4", "safetensors")] + ["contact_sheet.png"])
+    assert [path.relative_to(tmp_path) for path in sorted(tmp_path.rglob("*")) if out not in path.parents] == [Path("a"), Path("a/out")] and set(tmp_path.parent.iterdir()) == before
+    assert [read_sample(out / f"{i:05d}.safetensors")["metadata"]["prompt"] for i in range(10)] == prompts
+
+
 def test_samples_that_are_there_are_not_overwritten(base, tmp_path):
     write_sample(tmp_path / "00000.safetensors", torch.zeros(12, 2, 4, 4), torch.zeros(0, 32), {})
     with pytest.raises(ValueError, match="holds samples already"):
