@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from einops import rearrange
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import load, save
 
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
           "I64": torch.int64, "I32": torch.int32, "U8": torch.uint8, "BOOL": torch.bool}
@@ -86,7 +86,7 @@ def read_sample(path):
     """-> {"latents": (C, F, H, W), "context": (T, D), conditions by name, "metadata": {str: str}}, all numbers finite."""
     header = read_header(path)
     try:
-        tensors = load_file(path)
+        tensors = load(Path(path).read_bytes())            # load_file of safetensors 0.8 loses 100 bytes of memory at every call
     except (SafetensorError, OSError) as error:
         raise unreadable(path, error) from error
     check_tensors(path, tensors)

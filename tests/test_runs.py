@@ -432,7 +432,7 @@ def poisoned_main(flags, rank, steps, what):
         train.backward_batch = backward
 
 
-@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("what", [pytest.param("loss", marks=pytest.mark.slow), "gradient"])
 def test_a_number_that_is_none_on_one_rank_skips_the_step_on_all_and_is_counted_also_over_a_resume(world, base, tmp_path, what):
     out = tmp_path / "out"
     said, silent = on_ranks(2, poisoned_main, argv(world, base, out, "--loss dpo --steps 5"), 1, [1, 2], what)
@@ -448,6 +448,7 @@ def test_a_number_that_is_none_on_one_rank_skips_the_step_on_all_and_is_counted_
     assert [row["skipped"] for row in rows(tmp_path / "cut")] == [0, 1, 2, 0, 0]                        # the second in a row, though the first of this process
 
 
+@pytest.mark.slow
 def test_ten_skipped_steps_in_a_row_stop_every_rank_and_name_the_pairs(world, base, tmp_path):
     messages = on_ranks(2, poisoned_main, argv(world, base, tmp_path / "out", "--loss regdpo --steps 20 --save_every 4"), 1, range(3, 99), "loss")
     name = open_data(world / "data", pairs=True)[order(0, 4 * 12 + 2, 24)]["name"]
