@@ -136,11 +136,20 @@ def summary(sample):
     return {name: tuple(value.shape) for name, value in sample.items() if name != "metadata"}, sample["metadata"].get("prompt")
 
 
-def read_summaries(files):
-    """{path: (shapes by name, prompt or None)}, from headers alone. One number of channels and one context width for all."""
+def read_summaries(files, bad=None):
+    """
+    {path: (shapes by name, prompt or None)}, from headers alone. One number of channels and one context width for all. bad: a dictionary for what is no
+    sample, {path: why}; without one it is an error.
+    """
     summaries, alike, first = {}, {}, None
     for path in files:
-        header = read_header(path)
+        try:
+            header = read_header(path)
+        except ValueError as error:
+            if bad is None:
+                raise
+            bad[path] = str(error)
+            continue
         widths = (header["latents"].shape[0], header["context"].shape[1])   # C, D
         first = first or (path, widths)
         if widths != first[1]:
@@ -149,6 +158,37 @@ def read_summaries(files):
         found = summary(header)
         summaries[path] = alike.setdefault((*sorted(found[0].items()), found[1]), found)               # of two million files most look alike
     return summaries
+
+
+def read_again(path, before):
+    """read_sample, held against its summary from `before`: files can change under a run of days."""
+    sample = read_sample(path)
+    if summary(sample) != before:
+        raise ValueError(f"{path}: it was {before} when it was opened and is {summary(sample)} now; put it back, or begin a new run")
+    return sample
+
+
+def stand_ins(dataset, index):
+    """
+    The indices to read in the place of this one. `dataset.skip`: from this on (behind the last the first) those that are not known to be `dataset.bad`.
+    Which can be read hangs on the files alone, so a run that is resumed and looks at them anew takes the same.
+    """
+    if not dataset.skip:
+        return [index]
+    size = len(dataset)
+    return (i % size for i in range(index, index + size) if i % size not in dataset.bad)
+
+
+def read_item(dataset, index):
+    """dataset.read(index) or, with dataset.skip, of the first of its stand-ins that can be read; the others join dataset.bad, {index: why}."""
+    for i in stand_ins(dataset, index):
+        try:
+            return dataset.read(i)
+        except ValueError as error:
+            if not dataset.skip:
+                raise
+            dataset.bad[i] = str(error)
+    raise ValueError(f"none of {len(dataset)} samples or pairs is good; the first: {next(iter(dataset.bad.values()))}")
 
 
 def check_pair(win, lose, of_win, of_lose):
@@ -195,18 +235,22 @@ def item_tensors(sample):
 class SampleSet:
     """
     The samples of a folder (or a list of files). Item: {"win": latents, "context", conditions, "name"}, so that sft and dpo share code.
-    `wins`: what is preferred, as read_summaries gives it.
+    `wins`: what is preferred, as read_summaries gives it. `skip`, `bad`: as in read_item; `agreed`: in runs.read_items.
     """
 
-    def __init__(self, source):
-        self.files = list(source) if isinstance(source, (list, tuple)) else sample_files(source)
-        self.wins = read_summaries(self.files)
+    def __init__(self, source, skip=False):
+        self.files, self.skip, bad = list(source) if isinstance(source, (list, tuple)) else sample_files(source), skip, {}
+        self.wins = read_summaries(self.files, bad if skip else None)
+        self.bad, self.agreed = {i: bad[path] for i, path in enumerate(self.files) if path in bad}, set()
 
     def __len__(self):
         return len(self.files)
 
     def __getitem__(self, index):
-        sample = read_sample(self.files[index])
+        return read_item(self, index)
+
+    def read(self, index):
+        sample = read_again(self.files[index], self.wins[self.files[index]])
         return {"win": sample["latents"].float(), **item_tensors(sample), "name": str(self.files[index])}
 
 
@@ -215,31 +259,37 @@ class PairSet:
     pairs: list of (win file, lose file). The headers of all files are checked here, tensors when an item is read.
     Item: {"win", "lose": (C, F, H, W), "context": (T, D), conditions, "name"}; context and conditions are the win's and serve both.
     `unpaired`: stems of the real samples that no negative was found for. `wins`: as in SampleSet, `losers` likewise. `sources`: names of their folders.
+    `skip`, `bad`, `agreed`: as in SampleSet.
     """
 
-    def __init__(self, pairs, unpaired=()):
-        self.pairs, self.unpaired = list(pairs), list(unpaired)
-        summaries = read_summaries(dict.fromkeys(path for pair in self.pairs for path in pair))   # a win may have many negatives: read it once
-        for win, lose in self.pairs:
-            check_pair(win, lose, summaries[win], summaries[lose])
-        self.wins, self.losers = ({pair[side]: summaries[pair[side]] for pair in self.pairs} for side in (0, 1))
+    def __init__(self, pairs, unpaired=(), skip=False):
+        self.pairs, self.unpaired, self.skip, self.bad, self.agreed, bad = list(pairs), list(unpaired), skip, {}, set(), {}
+        summaries = read_summaries(dict.fromkeys(path for pair in self.pairs for path in pair), bad if skip else None)   # a win may have many negatives: read it once
+        for index, (win, lose) in enumerate(self.pairs):
+            if win in bad or lose in bad:
+                self.bad[index] = bad.get(win) or bad[lose]
+            else:
+                check_pair(win, lose, summaries[win], summaries[lose])
+        self.wins, self.losers = ({pair[side]: summaries[pair[side]] for i, pair in enumerate(self.pairs) if i not in self.bad} for side in (0, 1))
         self.sources = {lose.parent.name for lose in self.losers}
 
     def __len__(self):
         return len(self.pairs)
 
     def source(self, index):
-        """Name of the folder that the loser of a pair lies in."""
-        return self.pairs[index][1].parent.name
+        """Name of the folder that the loser of a pair, or of what stands in for it, lies in."""
+        return self.pairs[next(iter(stand_ins(self, index)))][1].parent.name
 
     def __getitem__(self, index):
+        return read_item(self, index)
+
+    def read(self, index):
         win_path, lose_path = self.pairs[index]
-        win, lose = read_sample(win_path), read_sample(lose_path)
-        check_pair(win_path, lose_path, summary(win), summary(lose))   # again: files can change under a run of days
+        win, lose = read_again(win_path, self.wins[win_path]), read_again(lose_path, self.losers[lose_path])
         return {"win": win["latents"].float(), "lose": lose["latents"].float(), **item_tensors(win), "name": f"win {win_path}, lose {lose_path}"}
 
 
-def pairs_by_stem(real, negatives):
+def pairs_by_stem(real, negatives, skip=False):
     """real: a folder; negatives: folders. One pair for every file of every folder of negatives, with the real sample of the same stem."""
     wins = {path.stem: path for path in sample_files(real)}
     pairs = []
@@ -251,7 +301,7 @@ def pairs_by_stem(real, negatives):
                              f"{', '.join(orphans[:5])}{', ...' if len(orphans) > 5 else ''}; delete them, or put the real ones back")
         pairs += [(wins[stem], path) for stem, path in losers.items()]
     paired = {win for win, _ in pairs}
-    return PairSet(pairs, unpaired=[stem for stem, path in wins.items() if path not in paired])
+    return PairSet(pairs, [stem for stem, path in wins.items() if path not in paired], skip)
 
 
 def read_jsonl(path):
@@ -268,7 +318,7 @@ def read_jsonl(path):
                 yield f"{path}:{number}", row
 
 
-def file_inside(folder, name, where):
+def file_inside(folder, name, where, may_miss=False):
     """The file `name` of a manifest's `folder`. A manifest may come from anyone: it reaches no file outside its own folder, links included."""
     try:
         root = Path(folder).resolve()
@@ -278,44 +328,47 @@ def file_inside(folder, name, where):
         raise ValueError(f"{where}: {name!r:.200} is no file name ({error})") from error
     if not inside:
         raise ValueError(f"{where}: {name!r} leads out of {folder} (or is absolute, or a link that does); a manifest names files of its own folder")
-    if not found:
+    if not found and not may_miss:
         raise ValueError(f"{where}: no file {name!r} in {folder}")
     return Path(folder) / name
 
 
-def pairs_from_jsonl(path):
+def pairs_from_jsonl(path, skip=False):
     """One pair a line: {"win": file, "lose": file, "prompt": text}, files relative to the folder of the .jsonl and inside it. Each file is looked at once."""
     pairs, files, asked = [], {}, {}
     for where, row in read_jsonl(path):
         for key in ("win", "lose", "prompt"):
             if not isinstance(row.get(key), str):
                 raise ValueError(f"{where}: `{key}` is {row.get(key)!r:.80}, expected text; a pair is an object with win, lose and prompt")
-        win, lose = (files.get(row[key]) or files.setdefault(row[key], file_inside(Path(path).parent, row[key], where)) for key in ("win", "lose"))
+        win, lose = (files.get(row[key]) or files.setdefault(row[key], file_inside(Path(path).parent, row[key], where, skip)) for key in ("win", "lose"))
         if win == lose:
             raise ValueError(f"{where}: win and lose are the same file, {row['win']!r}")
         asked.setdefault((win, row["prompt"]), where), asked.setdefault((lose, row["prompt"]), where)
         pairs.append((win, lose))
     if not pairs:
         raise ValueError(f"{path}: no pairs; expected one object with win, lose and prompt a line")
-    found = PairSet(pairs)
+    found = PairSet(pairs, skip=skip)
     for (file, prompt), where in asked.items():
-        _, made_for = found.wins.get(file) or found.losers[file]
+        _, made_for = found.wins.get(file) or found.losers.get(file, (None, None))                # a bad one is in neither
         if made_for not in (None, prompt):
             raise ValueError(f'{where}: the prompt is "{prompt}", but {file} was made for "{made_for}"')
     return found
 
 
-def open_data(path, pairs):
-    """What --data names: a PairSet if `pairs`, else a SampleSet of what is preferred. The layouts stand at the top of this file."""
+def open_data(path, pairs, skip=False):
+    """
+    What --data names: a PairSet if `pairs`, else a SampleSet of what is preferred. The layouts stand at the top of this file. skip: files that are no whole
+    samples, now or later, are no error; another good one stands in (read_item). Samples of another encoder, and pairs of two sizes or prompts, stay errors.
+    """
     path = Path(path)
     if path.suffix == ".jsonl" and path.is_file():
-        found = pairs_from_jsonl(path)
-        return found if pairs else SampleSet(list(dict.fromkeys(win for win, _ in found.pairs)))
+        found = pairs_from_jsonl(path, skip)
+        return found if pairs else SampleSet(list(dict.fromkeys(win for win, _ in found.pairs)), skip)
     if not path.is_dir():
         raise ValueError(f"--data {path}: no such folder (with real/ and negatives*/) or .jsonl file")
     real = path / "real"
     if not pairs:
-        return SampleSet(real if real.is_dir() else path)
+        return SampleSet(real if real.is_dir() else path, skip)
     if not real.is_dir():
         raise ValueError(f"--data {path}: no folder real/ in it; a loss on pairs needs real/*.safetensors (python encode.py --videos DIR --out {real}) "
                          f"and negatives (python sample.py --pairs {path} ...)")
@@ -323,7 +376,7 @@ def open_data(path, pairs):
     if not negatives:
         raise ValueError(f"--data {path}: {real} has {len(sample_files(real))} samples, but there is no negatives*/ folder with any; "
                          f"make negatives with: python sample.py --pairs {path} ...")
-    return pairs_by_stem(real, negatives)
+    return pairs_by_stem(real, negatives, skip)
 
 
 def fingerprint(files):

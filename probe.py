@@ -70,13 +70,14 @@ def hold_back(dataset, count):
     Takes `count` wins with all their losers out of a PairSet. Which, hangs on the names of the files alone. Pairs that share a file with these go from
     training too. Returns what is left to train on and what is held back, both PairSets. Raises ValueError where nothing would be left.
     """
-    wins = sorted({win for win, _ in dataset.pairs}, key=lambda path: (zlib.crc32(path.stem.encode()), str(path)))
-    held = [pair for pair in dataset.pairs if pair[0] in set(wins[:count])]
+    good = [pair for i, pair in enumerate(dataset.pairs) if i not in dataset.bad]
+    wins = sorted({win for win, _ in good}, key=lambda path: (zlib.crc32(path.stem.encode()), str(path)))
+    held = [pair for pair in good if pair[0] in set(wins[:count])]
     files = {path for pair in held for path in pair}
     left = [pair for pair in dataset.pairs if not files & set(pair)]
     if count < 1 or not left:
         raise ValueError(f"--hold_back {count}: the data has {len(wins)} different wins in {len(dataset)} pairs; expected 1 or more, and pairs left to train on")
-    return PairSet(left, dataset.unpaired), PairSet(held)
+    return PairSet(left, dataset.unpaired, dataset.skip), PairSet(held)
 
 
 def sigma_steps(min_timestep, max_timestep, count=4):

@@ -127,6 +127,26 @@ class Signals:
         dist.destroy_process_group()
 
 
+def read_items(dataset, indices):
+    """
+    The items at these indices. With dataset.skip all ranks call it together: what one of them cannot read is bad for all from then on (dataset.agreed), so that
+    ranks that share a pair read the same one even where a file system shows a file to only some of them.
+    """
+    while True:
+        items = [dataset[index] for index in indices]
+        if not dataset.skip:
+            return items
+        found = [None] * dist.get_world_size()
+        dist.all_gather_object(found, {index: why for index, why in dataset.bad.items() if index not in dataset.agreed})
+        new = {index: why for mine in found for index, why in mine.items()}
+        if not new:
+            return items
+        dataset.bad |= new
+        dataset.agreed |= new.keys()
+        if dist.get_rank() == 0:
+            print(f"{len(dataset.bad)} of {len(dataset)} samples or pairs are bad, the next good ones stand in; new: {'; '.join(list(new.values())[:8])}", flush=True)
+
+
 def report_skipped(step, skipped, samples, limit=10):
     """
     A step whose loss or gradient is not finite changes nothing; this is the `skipped`-th in a row. Rank 0 says whose it was: the samples whose own loss is

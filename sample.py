@@ -20,7 +20,7 @@ import torch
 from tqdm import tqdm
 
 import toy
-from data import check_samples, contact_sheet, read_header, read_sample, read_summaries, sample_files, write_sample
+from data import check_samples, contact_sheet, fingerprint, read_header, read_sample, read_summaries, sample_files, write_sample
 from losses import add_noise, shift_sigma
 from model import hold_first_frame, load_wan, open_wan
 
@@ -250,7 +250,7 @@ def make_negatives(model, model_name, folder, name="negatives", per_sample=1, se
     renoise below 1: the real clip, noised to that sigma and made anew from there, so that the two differ in less.
 
     Files that are there are kept: a killed run goes on where it stopped, and files appear whole. Returns how many this rank made.
-    Raises ValueError if a file that is there was made with other settings.
+    Raises ValueError if a file that is there was made with other settings, or for a real sample that has changed since.
     """
     settings = {"model": model_name, "seed": seed, "steps": steps, "flow_shift": flow_shift, "guidance": guidance}
     settings |= {"solver": solver} if solver != "euler" else {}               # what is not there is the default, so that older files stay good
@@ -265,13 +265,16 @@ def make_negatives(model, model_name, folder, name="negatives", per_sample=1, se
         if not target.exists():
             mine.append((path, target, k))
             continue
-        found = {key: value for key, value in read_header(target)["metadata"].items() if key in SETTINGS}
+        metadata = read_header(target)["metadata"]
+        found = {key: value for key, value in metadata.items() if key in SETTINGS}
         if found != settings:
             raise ValueError(f"{target} was made with {found}, but now {settings} is asked for; give these negatives another --name, or delete that folder")
+        if metadata.get("real", now := fingerprint([path])) != now:           # older files do not tell
+            raise ValueError(f"{target} was made for {path} as it was with fingerprint {metadata['real']}, but that has changed ({now}); delete the negative to make it again")
     bar = tqdm(total=len(mine), desc=f"negatives ({world} ranks)" if world > 1 else "negatives", unit="clip", disable=rank != 0 or not mine)
     for start in range(0, len(mine), batch_size):
         part = mine[start:start + batch_size]
-        reals = [read_sample(path) for path, _, _ in part]
+        prints, reals = [fingerprint([path]) for path, _, _ in part], [read_sample(path) for path, _, _ in part]
         shapes = [{key: tuple(real[key].shape) for key in real if key not in ("context", "metadata")} for real in reals]
         for (path, _, _), found in zip(part, shapes):
             if found != shapes[0]:
@@ -281,9 +284,9 @@ def make_negatives(model, model_name, folder, name="negatives", per_sample=1, se
         latents = generate(model, [real["context"].float() for real in reals], seeds, shapes[0]["latents"], steps, flow_shift, guidance, negative,
                            solver=solver, low=low, low_guidance=low_guidance, boundary=boundary,
                            real=torch.stack([real["latents"] for real in reals]), renoise=renoise, **conditions).cpu()
-        for (path, target, k), real, value, noise_seed in zip(part, reals, latents, seeds):
+        for (path, target, k), real, value, noise_seed, made_for in zip(part, reals, latents, seeds, prints):
             kept = {key: real["metadata"][key] for key in ("prompt", "encoder", "fps") if key in real["metadata"]}
-            metadata = settings | kept | {"source": f"generated for {path.name}", "noise_seed": str(noise_seed)}
+            metadata = settings | kept | {"source": f"generated for {path.name}", "noise_seed": str(noise_seed), "real": made_for}
             write_sample(target, value.to(real["latents"].dtype), real["context"], metadata)
         bar.update(len(part))
     bar.close()

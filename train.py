@@ -29,8 +29,8 @@ from fsdp_utils import (ContextParallel, add_branches, checkpoint_blocks, chunk_
 from losses import add_noise, flow_error, importance_weight, next_sigma, safeguard_coefficient, velocity_target
 from model import CONFIGS, ScoreHead, WanConfig, WanModel, hold_first_frame, open_wan, save_wan
 from probe import Probe, add_up, audit_report, diagnostics, hold_back, sigma_steps, summarise
-from runs import (Signals, append_row, begin_log, check_folder, find_checkpoint, load_checkpoint, open_errors, report_skipped, score_reference,
-                  stored_weights)
+from runs import (Signals, append_row, begin_log, check_folder, find_checkpoint, load_checkpoint, open_errors, read_items, report_skipped,
+                  score_reference, stored_weights)
 from sample import DEFAULTS, seed_of, weights_digest
 from world import HeldOut, Preview, held_out_pairs, make_world, of_the_world
 
@@ -52,6 +52,7 @@ def parse_args(argv):
     p.add_argument("--model", default="auto", choices=["auto", *CONFIGS], help="auto: what --init holds (tiny for 'scratch'); a name: --init must hold that")
     p.add_argument("--init", default="toy_base", help="weights to start from, which are also the reference; 'scratch' for random ones")
     p.add_argument("--data", default="toy", help="'toy' (made on first use), a folder with real/ and negatives*/, or a .jsonl of pairs")
+    p.add_argument("--bad_samples", default="stop", choices=["stop", "skip"], help="a file that is no whole sample, at the start or later: an error | the next good one stands in, and is counted")
     p.add_argument("--out", default="out/{loss}", help="the run's folder")
     p.add_argument("--seed", type=int, default=0, help="of order, sigma and noise")
     # the objective
@@ -135,6 +136,7 @@ def check_args(args, ranks):
     for flag, fine, expected in (("max_grad_norm", args.max_grad_norm > 0, "above 0 ('inf' switches clipping off)"),
                                  ("learning_rate", args.learning_rate > 0, "above 0"), ("ema_decay", 0 <= args.ema_decay < 1, "0 or more, below 1"),
                                  ("eval_clips", args.eval_clips == 0 or args.eval_clips >= 64, "0, or at least 64 (a Frechet distance of fewer says nothing)"),
+                                 ("bad_samples", args.bad_samples == "stop" or args.ref != "cached", "stop with --ref cached, whose errors belong to the pairs that were scored"),
                                  ("chunk_tokens", args.chunk_tokens >= 0, "0 or more")):
         if not fine:
             raise ValueError(f"--{flag} {getattr(args, flag)}: expected {expected}")
@@ -244,7 +246,7 @@ def build_model(args, config, ranks, checkpointing="off", offload=False):
 
 def read_batch(args, dataset, positions, device):
     """The pairs at these positions of the run, with the sigma and the noise of each: functions of (seed, position), nothing else."""
-    items = [dataset[order(args.seed, position, len(dataset))] for position in positions]
+    items = read_items(dataset, [order(args.seed, position, len(dataset)) for position in positions])
     draws = [draw(args.seed, p, item["win"].shape, args.flow_shift, args.min_timestep, args.max_timestep, args.timestep_sampling)
              for p, item in zip(positions, items)]
     for position, item in zip(positions, items):
@@ -413,7 +415,7 @@ def main(args):
     toy_world = args.data == "toy"
     if toy_world and (config.text_dim, config.in_dim) != (toy.TEXT_DIM, toy.CHANNELS):
         raise ValueError(f"--model {args.model} with --data toy: the embedded world is for the tiny model; name a folder of encoded samples with --data")
-    dataset = open_data(make_world(args, config, ranks) if toy_world else args.data, needs_pairs)
+    dataset = open_data(make_world(args, config, ranks) if toy_world else args.data, needs_pairs, args.bad_samples == "skip")
     dataset, held_back = hold_back(dataset, args.hold_back) if args.hold_back else (dataset, None)
     check_samples(dataset.wins | (held_back.wins if held_back else {}), config, per_rank)
     of_world = of_the_world(dataset)
@@ -515,8 +517,8 @@ def main(args):
             margins += metrics["margin"].tolist() if needs_pairs else []
             samples += zip(batch["names"], metrics["loss"].tolist())
         row, counts = summarise(sums | signals.asks(), margins, ranks.device)
-        if needs_pairs and len(dataset.sources) > 1:                          # which folders of losers the pairs came from
-            row["sources"] = Counter(dataset.source(order(args.seed, p, len(dataset))) for p in range(step * args.batch_size, (step + 1) * args.batch_size))
+        indices = [order(args.seed, p, len(dataset)) for p in range(step * args.batch_size, (step + 1) * args.batch_size)]    # of all ranks
+        row |= {"sources": Counter(map(dataset.source, indices))} if needs_pairs and len(dataset.sources) > 1 else {}     # which folders of losers the pairs came from
 
         if needs_pairs and step == 0 and row["margin_abs"] > (1e-6 if args.loss == "ipo" else 1e-3):    # IPO's margin has no beta
             raise RuntimeError(f"policy and reference are the same weights at step 0, but their margins differ by {row['margin_abs']:.2g} on average: they do "
@@ -538,7 +540,7 @@ def main(args):
                 ema_update(ema, policy, min(args.ema_decay, (step + 1) / (step + 10)))
         optimizer.zero_grad()
 
-        row = {"step": step, **row, "skipped": skipped, "seconds": time.perf_counter() - began}
+        row = {"step": step, **row, "skipped": skipped, "bad_samples": sum(i in dataset.bad for i in indices), "seconds": time.perf_counter() - began}
         row["memory_gib"] = memory_gib(ranks.device)
         row["tokens_per_second"] = args.batch_size * tokens * (2 if needs_pairs else 1) / row["seconds"]
         if probe and ((step + 1) % args.probe_every == 0 or step + 1 == args.steps):

@@ -4,6 +4,7 @@ import math
 import os
 import struct
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -178,9 +179,38 @@ def test_files_that_go_bad_during_a_run_are_named(tmp_path):
     assert PairSet([(win, lose)]).pairs == pairs.pairs   # headers only: values are looked at when read
     assert f"{lose}: latents has 96 of 96 values NaN" in refusal(pairs.__getitem__, 0)
     sample(lose, shape=(2, 3, 4, 5))
-    assert f"{lose}: win is (2, 3, 4, 4) but lose is (2, 3, 4, 5)" in refusal(pairs.__getitem__, 0)
+    assert f"{lose}: it was ({{'context': (3, 5), 'latents': (2, 3, 4, 4)}}, 'a red ball') when it was opened and is ({{'context': (3, 5), 'latents': (2, 3, 4, 5)}}" in refusal(pairs.__getitem__, 0)
     lose.unlink()
     assert f"{lose}: no such file" in refusal(pairs.__getitem__, 0)
+
+
+def test_with_skip_the_next_good_pair_stands_in_for_one_that_is_bad_at_the_start_or_goes_bad(tmp_path):
+    for i in range(5):
+        sample(tmp_path / "real" / f"{i}.safetensors"), sample(tmp_path / "negatives" / f"{i}.safetensors")
+    (tmp_path / "negatives" / "1.safetensors").write_bytes(b"cut off")
+    assert "1.safetensors: not a whole safetensors file" in refusal(open_data, tmp_path, True)
+    pairs, wins = open_data(tmp_path, True, skip=True), open_data(tmp_path, False, skip=True)
+    stands_in = lambda data: [int(Path(data[i]["name"].split(", ")[0].removeprefix("win ")).stem) for i in range(len(data))]
+    assert stands_in(pairs) == [0, 2, 2, 3, 4] and list(pairs.bad) == [1] and pairs.wins.keys() == {tmp_path / "real" / f"{i}.safetensors" for i in (0, 2, 3, 4)}
+    assert stands_in(wins) == [0, 1, 2, 3, 4] and not wins.bad
+    sample(tmp_path / "real" / "2.safetensors", shape=(2, 3, 4, 6))
+    (tmp_path / "real" / "4.safetensors").unlink()
+    assert stands_in(pairs) == [0, 3, 3, 3, 0] and pairs.bad.keys() == {1, 2, 4}
+    assert stands_in(wins) == [0, 1, 3, 3, 0] and "it was" in wins.bad[2] and "no such file" in wins.bad[4]
+    for path in (tmp_path / "real").iterdir():
+        path.unlink()
+    assert "none of 5 samples or pairs is good" in refusal(wins.__getitem__, 0)
+
+
+def test_with_skip_a_manifest_may_name_a_file_that_has_gone_but_still_none_outside_its_folder(tmp_path):
+    rows = [{"win": f"w{i}.safetensors", "lose": f"l{i}.safetensors", "prompt": "a red ball"} for i in range(3)]
+    for row in rows:
+        sample(tmp_path / row["win"]), sample(tmp_path / row["lose"])
+    (tmp_path / "w1.safetensors").unlink()
+    assert "no file 'w1.safetensors'" in refusal(open_data, manifest(tmp_path, *rows), True)
+    pairs = open_data(manifest(tmp_path, *rows), True, skip=True)
+    assert len(pairs) == 3 and list(pairs.bad) == [1] and pairs[1]["name"] == pairs[2]["name"]
+    assert "leads out of" in refusal(open_data, manifest(tmp_path, {**rows[0], "win": "../w.safetensors"}), True, True)
 
 
 # a .jsonl of pairs

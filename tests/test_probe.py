@@ -41,6 +41,9 @@ def test_what_is_held_back_shares_no_file_with_what_is_left_and_takes_all_losers
     assert hold_back(again, 3)[1].pairs == held.pairs and set(hold_back(again, 4)[1].pairs) > set(held.pairs)
     with pytest.raises(ValueError, match="--hold_back 12.*12 different wins in 24 pairs"):
         hold_back(dataset, 12)
+    held.pairs[0][1].write_bytes(b"cut off")
+    left, held = hold_back(open_data(tmp_path, pairs=True, skip=True), 3)      # what is known to be bad is not looked at
+    assert len(held) == 5 and len(left) == 18 and left.skip and not held.skip
 
 
 def test_a_loser_that_wins_another_pair_is_held_back_with_it(tmp_path):

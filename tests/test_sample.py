@@ -285,6 +285,17 @@ def test_what_is_there_is_kept_and_other_settings_are_refused(base, pairs):
         sample.make_negatives(base[1], "another model", pairs, steps=2)
 
 
+def test_a_negative_whose_real_sample_has_changed_is_refused_and_one_that_does_not_tell_is_kept(base, pairs):
+    sample.make_negatives(base[1], "m", pairs, steps=1)
+    real, lose = (read_sample(pairs / name / "04.safetensors") for name in ("real", "negatives"))
+    write_sample(pairs / "real" / "04.safetensors", real["latents"] + 1, real["context"], real["metadata"])
+    with pytest.raises(ValueError, match="negatives/04.safetensors was made for .*real/04.safetensors.* has changed .*delete the negative"):
+        sample.make_negatives(base[1], "m", pairs, steps=1)
+    older = {name: value for name, value in lose["metadata"].items() if name != "real"}
+    write_sample(pairs / "negatives" / "04.safetensors", lose["latents"], lose["context"], older)
+    assert sample.make_negatives(base[1], "m", pairs, steps=1) == 0
+
+
 @pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_stopped_and_leaves_no_half_file(base, pairs):
     command = [sys.executable, str(ROOT / "sample.py"), "--init", str(base[0]), "--pairs", str(pairs), "--steps", "20", "--batch_size", "1"]
@@ -311,6 +322,19 @@ def test_prompts_become_videos_a_sheet_and_samples(base, tmp_path):
     names = sorted(p.name for p in (tmp_path / "out").iterdir())
     assert names == ["00000.mp4", "00000.safetensors", "00001.mp4", "00001.safetensors", "contact_sheet.png"]
     assert read_sample(tmp_path / "out" / "00001.safetensors")["metadata"]["prompt"] == "small blue square moving slowly up"
+
+
+def test_prompts_of_any_kind_become_numbered_files_in_the_folder_and_nothing_else(base, tmp_path):
+    pytest.importorskip("av", reason="mp4 files need PyAV (requirements-video.txt)")
+    prompts = ["../../outside", "/etc/passwd", "a\0b", "x" * 5000, "猫 \u202e\n~", "-rf *", "same", "same", "a.txt/../b.txt", ""]
+    before = set(tmp_path.parent.iterdir())
+    args = sample.parse_args(["--init", str(base[0]), "--out", str(tmp_path / "a" / "out"), "--steps", "1", "--prompts", "x"])
+    args.prompts = prompts                                                     # what no shell would pass on, too
+    sample.main(args)
+    out = tmp_path / "a" / "out"
+    assert sorted(path.name for path in out.iterdir()) == sorted([f"{i:05d}.{kind}" for i in range(10) for kind in ("mp4", "safetensors")] + ["contact_sheet.png"])
+    assert [path.relative_to(tmp_path) for path in sorted(tmp_path.rglob("*")) if out not in path.parents] == [Path("a"), Path("a/out")] and set(tmp_path.parent.iterdir()) == before
+    assert [read_sample(out / f"{i:05d}.safetensors")["metadata"]["prompt"] for i in range(10)] == prompts
 
 
 def test_samples_that_are_there_are_not_overwritten(base, tmp_path):
