@@ -411,6 +411,16 @@ def test_a_run_that_stops_and_resumes_is_the_same_run_to_the_last_bit_and_on_two
     same_run(run_spo(spo_world, tmp_path / "two", "--resume", "latest", ranks=2), one_rank)
 
 
+def test_what_is_exported_is_the_average_and_what_is_rolled_out_the_policy(spo_world, tmp_path):
+    flags = ("--steps", "1", "--updates", "1")                                 # the average's decay is (n + 1) / (n + 10) at first: 0.1 of the base stays
+    rows, average, base = run_spo(spo_world, tmp_path / "average", *flags, "--ema_decay", "0.95")
+    rows_without, policy, _ = run_spo(spo_world, tmp_path / "none", *flags, "--ema_decay", "0")
+    assert rows[0]["grad_norm"] == rows_without[0]["grad_norm"]
+    for name, start in base.items():
+        assert torch.allclose(average[name], 0.1 * start + 0.9 * policy[name], rtol=0, atol=1e-6), name
+    assert any((policy[name] - start).abs().max() > 1e-4 for name, start in base.items())
+
+
 def test_a_roll_out_without_a_pair_changes_nothing(spo_world, tmp_path):
     rows, weights, base = run_spo(spo_world, tmp_path / "out", "--threshold", "0.9999999", "--steps", "1", ranks=2)
     assert rows[0]["pairs"] == 0 and rows[0]["updates"] == 0 and "loss" not in rows[0]
