@@ -6,7 +6,7 @@ SPO beside Reg-DPO and the base in the embedded world: exact marks by two sample
     python experiments/run.py spo --settings exact judged
     python experiments/compare.py                                          # -> experiments/logs/spo/marks.json, docs/spo.md, docs/spo.png
 
-Models that marks.json already holds are not sampled again. ddim with eta 1 is the sampler whose steps SPO trains, Euler the one that train.py shows.
+Models that marks.json already holds are not sampled again. ddim, 10 steps with eta 1, is the sampler whose steps SPO trained here; euler, 20 steps, the one that train.py shows.
 """
 import json
 import sys
@@ -32,12 +32,12 @@ CLIPS = 256
 
 @torch.no_grad()
 def make_clips(model, captions, part, sampler):
-    """Videos (n, 3, F, H, W) of the captions numbered `part`: 20 steps, shift 3, no guidance, as all defaults are."""
+    """Videos (n, 3, F, H, W) of the captions numbered `part`: shift 3, no guidance."""
     texts = [toy.encode_text(captions[i]) for i in part]
     if sampler == "euler":
         latents = generate(model, texts, [seed_of("held out", i) for i in part], SHAPE, 20, 3.0, 1.0)
     else:
-        args = parse_args(["--eta", "1"])
+        args = parse_args(["--eta", "1", "--sample_steps", "10"])
         latents, _, _ = roll_out(args, model, None, collate([{"context": text, "name": ""} for text in texts]), part, "held out", SHAPE, args.sample_steps)
     return toy.decode_pixels(latents).clamp(-1, 1)
 
