@@ -1,8 +1,7 @@
 """
 What a step of SPO's roll-out costs beside a step of a plain sampler, in the embedded world: process time on one core, in one process, the variants in turn.
 
-    python benchmarks/spo_steps.py > benchmarks/spo_steps.md
-    python benchmarks/spo_steps.py --score out/preference/export                                   # with this preference model instead of an untrained one
+    python benchmarks/spo_steps.py --captions 4 > benchmarks/spo_steps.md
 """
 import argparse
 import dataclasses
@@ -18,7 +17,7 @@ import toy
 from data import collate
 from model import WanModel, load_wan
 from sample import generate
-from train_spo import parse_args, roll_out, run_model, toy_score
+from train_spo import parse_args, preference_score, roll_out, toy_score
 from world import SHAPE
 
 
@@ -35,7 +34,6 @@ class Counting(torch.nn.Module):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--score", default="", help="a preference model")
     parser.add_argument("--captions", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     flags = parser.parse_args()
@@ -43,17 +41,17 @@ def main():
     torch.set_grad_enabled(False)
     base = load_wan(ROOT / "toy_base").eval()
     policy, ref = Counting(base), Counting(base)
-    judge = Counting(load_wan(flags.score) if flags.score else WanModel(dataclasses.replace(base.config, scores=True))).eval()
+    judge = Counting(WanModel(dataclasses.replace(base.config, scores=True))).eval()
     captions = toy.TRAINED[:flags.captions]
     texts = [toy.encode_text(caption) for caption in captions]
-    batch = collate([{"context": text, "name": caption} for text, caption in zip(texts, captions)])
+    batch = collate([{"context": text, "name": caption} for text, caption in zip(texts, captions)]) | {"positions": list(range(flags.captions))}
     args = parse_args(["--eta", "1"])                                         # 20 steps, pools of 4
     roll = lambda score, first: roll_out(args, policy, score, batch, range(flags.captions), 0, SHAPE, first)
     variants = {                                                              # steps with a pool, and what makes the clips
         "plain sampler (Euler)": (0, lambda: generate(policy, texts, range(flags.captions), SHAPE, 20, 3.0, 1.0)),
         "stochastic step, no pool": (0, lambda: roll(None, 20)),
         "pool of 4, scores for nothing": (19, lambda: roll(lambda x, sigma, batch: x.flatten(1).sum(1), 0)),
-        "pool of 4, preference model": (19, lambda: roll(lambda x, sigma, batch: run_model(judge, x, sigma, batch), 0)),
+        "pool of 4, preference model": (19, lambda: roll(preference_score(judge, ref, 1.0, 0), 0)),
         "pool of 4, exact metric": (19, lambda: roll(toy_score(ref, 1.0), 0))}
     seconds, forwards = {name: [] for name in variants}, {}
     for _ in range(flags.repeats):
@@ -62,15 +60,15 @@ def main():
             began = time.process_time()
             make()
             seconds[name].append(time.process_time() - began)
-            forwards[name] = policy.forwards, ref.forwards + judge.forwards
+            forwards[name] = policy.forwards, ref.forwards, judge.forwards
     fastest = {name: min(values) / flags.captions for name, values in seconds.items()}
     plain = fastest["plain sampler (Euler)"] / 20
-    print(f"`python benchmarks/spo_steps.py`: {flags.captions} captions of the embedded world, 20 steps, fastest of {flags.repeats}, torch {torch.__version__}, one core\n")
-    print("| | ms a step and clip | beside the plain step | policy forwards of a roll-out | score forwards |\n| --- | --- | --- | --- | --- |")
+    print(f"`python {' '.join(sys.argv)}`: {flags.captions} captions of the embedded world, 20 steps, fastest of {flags.repeats}, torch {torch.__version__}, one core\n")
+    print("| | ms a step and clip | beside the plain step | policy forwards of a roll-out | reference forwards | preference forwards |\n| --- | --- | --- | --- | --- | --- |")
     for name, (pools, _) in variants.items():
         # the last step never has a pool: its cost is a plain step's
         each = (fastest[name] - (20 - pools) * plain) / pools if pools else fastest[name] / 20
-        print(f"| {name} | {1000 * each:.1f} | {each / plain:.2f} | {forwards[name][0]} | {forwards[name][1]} |")
+        print(f"| {name} | {1000 * each:.1f} | {each / plain:.2f} | {' | '.join(map(str, forwards[name]))} |")
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import toy
 from data import collate, contact_sheet
+from losses import add_noise
 from model import load_wan
 from report import spread
 from sample import generate, seed_of
@@ -26,7 +27,7 @@ from world import SHAPE
 
 LOGS, OUT = ROOT / "experiments" / "logs" / "spo", ROOT / "out" / "experiments"
 SETTINGS = {"regdpo": OUT / "losses", "exact": OUT / "spo", "judged": OUT / "spo"}           # in the order of the table; a run is FOLDER/SETTING_SEED
-MARKS = ("direction", "shape", "drift", "size", "background", "broken", "frechet")
+MARKS = ("direction", "shape", "drift", "size", "background", "broken", "frechet", "judge")
 CLIPS = 256
 
 
@@ -46,6 +47,14 @@ def mark(model, captions, yardstick):
     """-> {sampler: {mark: mean}}"""
     parts = [range(start, start + 64) for start in range(0, len(captions), 64)]
     return {sampler: toy.score(torch.cat([make_clips(model, captions, part, sampler) for part in parts]), captions, yardstick) for sampler in ("ddim", "euler")}
+
+
+@torch.no_grad()
+def judged(judge, clips, captions):
+    """Mean score of clips (n, 3, F, H, W) by the preference model, at the sigma of the last pools, 0.25, the same noise whoever made them."""
+    noise = torch.randn(len(clips), *SHAPE, generator=torch.Generator().manual_seed(0))
+    context = collate([{"context": toy.encode_text(caption), "name": caption} for caption in captions[:len(clips)]])["context"]
+    return judge(add_noise(toy.encode_pixels(clips), noise, torch.full((len(clips),), 0.25)), torch.full((len(clips),), 250.0), context).mean().item()
 
 
 def cost(setting, seed):
@@ -81,14 +90,19 @@ def main():
     marks = json.loads(file.read_text()) if file.exists() else {"real clips": toy.score(real, captions, yardstick)}
     models = {"base": ROOT / "toy_base"}
     models |= {path.parent.name: path for setting, folder in SETTINGS.items() for path in sorted(folder.glob(f"{setting}_[0-9]/export"))}
+    judge = load_wan(OUT / "spo" / "judge_0" / "export").eval()
+    marks["real clips"]["judge"] = judged(judge, real[:64], captions)
     for name, path in models.items():
         if name not in marks:
-            marks[name] = mark(load_wan(path).eval(), captions, yardstick)
+            model = load_wan(path).eval()
+            marks[name] = mark(model, captions, yardstick)
+            for sampler in marks[name]:
+                marks[name][sampler]["judge"] = judged(judge, make_clips(model, captions, range(64), sampler), captions)
             file.write_text(json.dumps(marks, indent=1))
             print(name, marks[name], flush=True)
     (ROOT / "docs" / "spo.md").write_text(table(marks))
 
-    shown, rows = range(8), [real]
+    shown, rows = range(6), [real]
     for name in ("base", "regdpo_0", "exact_0", "judged_0"):
         if name in models:
             rows.append(make_clips(load_wan(models[name]).eval(), captions, shown, "ddim"))
