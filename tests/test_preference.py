@@ -71,7 +71,7 @@ def test_preference_training_starts_at_log_2_and_leaves_the_blocks_of_the_base_a
     assert weights["head.head"].abs().max() > 0
 
 
-@pytest.mark.parametrize("ranks, flags", [(2, ("--grad_accum", "2")), (1, ("--backward", "sequential")), (4, ("--backward", "pair", "--cp_size", "2")), ("resume", ())])
+@pytest.mark.parametrize("ranks, flags", [(2, ("--grad_accum", "2")), (1, ("--backward", "sequential")), pytest.param(4, ("--backward", "pair", "--cp_size", "2"), marks=pytest.mark.slow), ("resume", ())])
 def test_preference_training_is_one_curve_however_it_is_cut(world, preference, tmp_path, ranks, flags):       # noqa: F811
     if ranks == "resume":
         run(world, tmp_path / "out", *PREFERENCE, "--steps", "3", ranks=2)

@@ -415,7 +415,7 @@ def test_the_log_of_a_run_says_what_pools_pairs_and_ratios_did(one_rank):
     assert first["seconds_score"] < first["seconds_rollout"] < first["seconds"]
 
 
-@pytest.mark.parametrize("ranks, flags", [(1, ("--grad_accum", "2")), (2, ("--grad_accum", "2")), (2, ("--checkpointing", "full", "--ref", "offload", "--cp_size", "2"))])
+@pytest.mark.parametrize("ranks, flags", [(1, ("--grad_accum", "2")), (2, ("--grad_accum", "2")), pytest.param(2, ("--checkpointing", "full", "--ref", "offload", "--cp_size", "2"), marks=pytest.mark.slow)])
 def test_one_curve_however_it_is_cut(spo_world, one_rank, tmp_path, ranks, flags):
     if (ranks, flags[0]) == (2, "--grad_accum"):                               # one caption at a time: some have no pair where others have, and none may wait for it
         assert any(0 < share < 1 for row in one_rank[0] for share in row["by_step"]["kept"])
