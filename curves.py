@@ -118,9 +118,10 @@ def separable(rows):
 def nothing_moves(rows):
     recent = late(rows)
     ref = mean(recent, "ref_err_win")
-    if is_long(rows, 2 * WINDOW) and max(abs(mean(recent, name)) for name in ("win_gap", "lose_gap")) < 2e-3 * ref and abs(mean(recent, "accuracy") - 0.5) < 0.1:
-        return (f"after {rows[-1]['step']} steps errors differ from the reference's by less than 0.2 % and accuracy is {mean(recent, 'accuracy'):.2f}: the model hardly moves. "
-                "Raise the --learning_rate (beta does not: --loss_scale takes it out of the gradient)")
+    moved = max(abs(mean(recent, name)) for name in ("win_gap", "lose_gap"))
+    if is_long(rows, 2 * WINDOW) and moved < 2e-3 * ref and mean(recent, "margin_abs") < 0.3:    # accuracy counts signs, and may be high all the same
+        return (f"after {rows[-1]['step']} steps errors differ from the reference's by {moved / ref:.2%} and margins are {mean(recent, 'margin_abs'):.2g}: the model hardly moves, "
+                f"whatever accuracy ({mean(recent, 'accuracy'):.2f}) says. Raise the --learning_rate (beta does not: --loss_scale takes it out of the gradient)")
     return ""
 
 
@@ -195,7 +196,8 @@ def smooth(values, over):
 def plot(logs, path, over=10):
     """
     PNG of logs {title: rows}: running means over `over` rows. Lines are the pairs trained on, dots the probe's mean over its sigmas; a vertical line is the
-    step at which a verdict was given. Raises ValueError without matplotlib.
+    step at which a verdict of the title was given. Grey bands: gaps within a tenth of the first log's `ref_err_win`, margins not saturated. Raises
+    ValueError without matplotlib.
     """
     try:
         import matplotlib
@@ -217,16 +219,22 @@ def plot(logs, path, over=10):
                         axis.axvline(row["step"], color=colour, linewidth=0.5, linestyle=":")
                 axis.set_title(name, fontsize=10)
                 axis.tick_params(labelsize=8)
-    for line in axes:
-        for axis in line:
-            for name, level in (("win_gap", 0), ("lose_gap", 0), ("loss_dpo", 0.693), ("accuracy", 0.5)):    # where policy and reference are equal
-                if axis.get_title() == name:
-                    axis.axhline(level, color="grey", linewidth=0.6)
+    tenth = mean(next(iter(logs.values())), "ref_err_win") / 10
+    usual = {"loss_dpo": (0, 1), "accuracy": (0, 1), "margin": (-5, 5), "dgr": (0, 0), "win_gap": (-tenth, tenth), "lose_gap": (-tenth, tenth), "win_ratio": (0.9, 1.1), "saturated": (0, 1)}
+    for axis in axes.flat:                                                    # at least these ranges, so that the eye sees what is small
+        name = axis.get_title()
+        axis.update_datalim([(0, level) for level in usual[name]])
+        axis.autoscale_view()
+        if name in ("margin", "win_gap", "lose_gap", "win_ratio"):
+            axis.axhspan(*usual[name], color="0.92", zorder=0)
+        elif name in ("loss_dpo", "accuracy"):
+            axis.axhline({"loss_dpo": 0.693, "accuracy": 0.5}[name], color="grey", linewidth=0.6)    # where policy and reference are equal
     if len(logs) > 1:
         axes[0][1].legend(fontsize=7)
-    figure.suptitle(", ".join(logs), fontsize=10)
+    verdicts = {title: ", ".join(f"{name.replace('_', ' ')} {row['step']}" for row in rows for name in row.get("verdicts", ())) for title, rows in logs.items()}
+    figure.suptitle("\n".join(f"{title}: {found}" if found else title for title, found in verdicts.items()), fontsize=10)
     figure.tight_layout()
-    figure.savefig(path, dpi=70)
+    figure.savefig(path, dpi=64, pil_kwargs={"compress_level": 9})
     plt.close(figure)
 
 

@@ -243,7 +243,8 @@ class Offload:
         def forward(x, *rest):
             self.block, self.before = [], self.block
             weights = {p.untyped_storage()._cdata for p in block.parameters()}         # as FSDP has gathered them
-            stays = lambda storage: storage.nbytes() < x.numel() or storage._cdata in weights
+            small = x.numel()                              # the hooks live as long as the graph: x itself in one of them would stay on the device
+            stays = lambda storage: storage.nbytes() < small or storage._cdata in weights
             with saved_tensors_hooks(lambda t: t if stays(t.untyped_storage()) else self.pack(t), lambda t: t if torch.is_tensor(t) else self.unpack(*t)):
                 return function(x, *rest)
         return forward
@@ -400,6 +401,11 @@ def compile_blocks(model):
 # ------------------------------------------------------------------------------------------------------------------
 # sharding
 
+def matrix_dtype(device_type):
+    """What matrices are gathered and multiplied in: bf16 on GPUs; None, as they are stored, on CPUs. (bench.py plans for GPUs on a CPU by replacing this.)"""
+    return torch.bfloat16 if device_type == "cuda" else None
+
+
 def shard_model(model, mesh, offload=False):
     """
     Shard a model with .blocks over the ranks of a mesh, in place, and return it. A mesh (replicate, shard) shards along its second axis.
@@ -410,7 +416,8 @@ def shard_model(model, mesh, offload=False):
     offload: shards, their gradients and so AdamW's state live in CPU memory; weights are fetched block by block.
     """
     full = MixedPrecisionPolicy(cast_forward_inputs=False)
-    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32, cast_forward_inputs=False) if mesh.device_type == "cuda" else full
+    dtype = matrix_dtype(mesh.device_type)
+    half = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False) if dtype else full
     where = CPUOffloadPolicy(pin_memory=torch.cuda.is_available()) if offload else OffloadPolicy()
     for part in (model.time_embedding, model.time_projection, model.head):
         fully_shard(part, mesh=mesh, mp_policy=full, offload_policy=where)

@@ -277,12 +277,13 @@ class ScoreHead(nn.Module):
         super().__init__()
         self.taps = sorted({math.ceil(config.num_layers * quarter / 4) - 1 for quarter in (1, 2, 3, 4)})        # blocks: the last of each quarter
         self.hidden = nn.ModuleList(Linear32(config.dim, 256) for _ in self.taps)
+        self.mix = Linear32(256, 256)
         self.head = nn.Parameter(torch.zeros(256, 1))                    # 0: training starts at log 2; no bias, which a difference of scores would not see
 
     def forward(self, tokens, time_emb, time_index):
         """tokens: a list, (B,L,D) after each block of taps. They know their sigma and caption from the blocks."""
         hidden = sum(layer(F.layer_norm(x, x.shape[-1:])) for layer, x in zip(self.hidden, tokens))     # (B, L, 256); normalised, as residuals grow
-        return F.gelu(hidden) @ self.head.to(hidden.dtype)
+        return F.gelu(self.mix(F.gelu(hidden))) @ self.head.to(hidden.dtype)
 
 
 class ImageEmbedding(nn.Module):

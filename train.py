@@ -68,7 +68,7 @@ def parse_args(argv):
     p.add_argument("--mu", type=float, default=0.9, help="diffusion_sdpo: how much of the win's descent is guaranteed")
     p.add_argument("--eta", type=float, default=1e-3, help="linear_dpo: smallest weight")
     p.add_argument("--timestep_sampling", default="uniform", choices=["uniform", "logit_normal"], help="before the shift; logit_normal: sigmoid(N(0, 1))")
-    p.add_argument("--flow_shift", type=float, default=3.0, help="of the sigmas trained on, and of the sampler here")
+    p.add_argument("--flow_shift", type=float, default=3.0, help="of the sigmas trained on (preference: 1), and of the sampler here")
     p.add_argument("--min_timestep", type=float, default=600.0, help="0..1000, after the shift; real and generated clips differ below it in grain, above it in motion")
     p.add_argument("--max_timestep", type=float, default=1000.0)
     p.add_argument("--caption_dropout", type=float, default=0.0, help="sft: share of empty captions, which classifier-free guidance needs")
@@ -247,8 +247,8 @@ def build_model(args, config, ranks, checkpointing="off", offload=False):
 def read_batch(args, dataset, positions, device):
     """The pairs at these positions of the run, with the sigma and the noise of each: functions of (seed, position), nothing else."""
     items = read_items(dataset, [order(args.seed, position, len(dataset)) for position in positions])
-    draws = [draw(args.seed, p, item["win"].shape, args.flow_shift, args.min_timestep, args.max_timestep, args.timestep_sampling)
-             for p, item in zip(positions, items)]
+    shift = 1.0 if args.loss == "preference" else args.flow_shift             # judged is every sigma, and where a sampler has few steps most is to be seen
+    draws = [draw(args.seed, p, item["win"].shape, shift, args.min_timestep, args.max_timestep, args.timestep_sampling) for p, item in zip(positions, items)]
     for position, item in zip(positions, items):
         if torch.rand((), generator=randomness(args.seed, position, "dropout")) < args.caption_dropout:
             item["context"] = item["context"][:0]

@@ -23,7 +23,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import toy
 from data import check_samples, collate, fingerprint, open_data, order, randomness
 from fsdp_utils import ContextParallel, checkpoint_blocks, clip_gradients, ema_update, load_weights, memory_gib, shard_model, spread, start_ranks, total
-from losses import spo_loss
+from losses import add_noise, spo_loss
 from model import WanModel, open_wan, save_wan
 from runs import Signals, append_row, begin_log, check_folder, load_checkpoint, report_skipped, stored_weights
 from sample import KERNELS, log_density, sigma_grid, step_coefficients, step_distribution, weights_digest
@@ -149,13 +149,13 @@ def read_prompts(args, prompts, positions, device):
     """The captions at these positions of the run, with their conditions, as a batch without latents; and the shape (C, F, H, W) to sample."""
     items = [prompts[order(args.seed, position, len(prompts))] for position in positions]
     shape = items[0]["win"].shape if "win" in items[0] else SHAPE         # alike in a batch, as check_samples made sure
-    batch = collate([{name: value for name, value in item.items() if name != "win"} for item in items])
+    batch = collate([{name: value for name, value in item.items() if name != "win"} for item in items]) | {"positions": list(positions)}
     return {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}, shape
 
 
 def run_model(model, x, sigma, batch):
     """model on x (B, C, F, H, W) at sigma (a float), with the captions and conditions of the batch: velocities, or the scores of a preference model."""
-    conditions = {name: value for name, value in batch.items() if name != "names"}
+    conditions = {name: value for name, value in batch.items() if name not in ("names", "positions")}
     return model(x, torch.full((len(x),), 1000 * sigma, device=x.device), **conditions)
 
 
@@ -173,6 +173,19 @@ def toy_score(ref, guidance):
     def score(x, sigma, batch):
         latents = x - sigma * velocity(ref, x, sigma, batch, guidance)
         return -toy.metrics(toy.decode_pixels(latents).cpu(), batch["names"])["drift"].to(x.device)
+    return score
+
+
+def preference_score(scorer, ref, guidance, seed):
+    """
+    A score from a preference model. It learnt from pairs under one noise, whose own effect on a score cancels in the margin, so it was never asked to ignore
+    noise: of one clip under several noises its scores differ more than those of a real and a generated clip under one. Candidates differ in nothing but noise.
+    So they are shown as pairs were: the latents that ref, in one step, expects behind each, all of a pool under one fresh noise, at the candidates' sigma.
+    """
+    def score(x, sigma, batch):
+        latents = x - sigma * velocity(ref, x, sigma, batch, guidance)
+        noise = torch.stack([torch.randn(x.shape[1:], generator=randomness(seed, p, f"judged at {sigma}")) for p in batch["positions"]]).to(x.device)
+        return run_model(scorer, add_noise(latents, noise, torch.full((len(x),), sigma, device=x.device)), sigma, batch)
     return score
 
 
@@ -318,7 +331,7 @@ def main(args):
         score = toy_score(ref, args.guidance)
     else:
         scorer = build_model(args.score, ranks, offload=offload).eval().requires_grad_(False)
-        score = lambda x, sigma, batch: run_model(scorer, x, sigma, batch)
+        score = preference_score(scorer, ref, args.guidance, args.seed)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
 
     # ---------------- resume

@@ -8,7 +8,6 @@ Without a GPU: bytes kept for backward at the real sizes (fake tensors, no arith
 small ones. With one: milliseconds, memory, TFLOP/s and MFU of 1.3B in bf16; each configuration in a process of its own.
 """
 import argparse
-import dataclasses
 import importlib
 import importlib.metadata
 import json

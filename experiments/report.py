@@ -138,9 +138,9 @@ def weights(losses, sweep, path):
 
 def main():
     page = ROOT / "docs" / "RESULTS.md"
-    losses, sweep, beta, same, pairs, former = (read(name) for name in ("losses", "r", "beta", "identity", "pairs", "former_base"))
+    losses, sweep, beta, gentle, same, pairs, former = (read(name) for name in ("losses", "r", "beta", "gentle", "identity", "pairs", "former_base"))
     tables = {"losses": table(losses), "r": table(sweep | {name: losses[name] for name in ("regdpo", "regdpo_r_scale_0.2", "regdpo_r500")}) if sweep else "",
-              "beta dpo": grid(beta, "dpo"), "beta regdpo": grid(beta, "regdpo"), "identity": identity(same) if same else "",
+              "beta dpo": grid(beta, "dpo"), "beta regdpo": grid(beta, "regdpo"), "gentle": table(gentle) if gentle else "", "identity": identity(same) if same else "",
               "pairs": table(pairs) if pairs else "", "former base": table(former) if former else ""}
     text = page.read_text()
     for name, content in tables.items():

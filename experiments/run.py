@@ -16,8 +16,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-KEPT = ("step", "loss", "loss_dpo", "margin", "accuracy", "win_gap", "lose_gap", "dgr", "c_win", "c_lose", "err_win", "ref_err_win", "kept", "grad_norm", "saturated")
+KEPT = ("step", "loss", "loss_dpo", "margin", "accuracy", "win_gap", "lose_gap", "dgr", "c_win", "c_lose", "err_win", "ref_err_win", "kept", "grad_norm", "saturated",
+        "score", "score_end", "gap", "pairs", "policy_forwards", "score_forwards")
 SFT, DPO, REGDPO = ["--loss", "sft"], ["--loss", "dpo", "--ref", "cached"], ["--loss", "regdpo", "--ref", "cached"]
+SPO = ["train_spo.py", "--sample_steps", "10", "--unbranched", "0", "--step_weight", "inverse", "--beta", "2000", "--eval_clips", "0"]
 
 FORMER_BASE = "270b339"                                                       # commit of the base before this one: less trained, 0.37 broken clips at guidance 2 instead of 0.08
 PAIRS = {                                                                     # sets of GT-Pairs: flags of sample.py --pairs
@@ -34,6 +36,9 @@ EXPERIMENTS = {
     # where DPO and Reg-DPO work at all: a third of the steps
     "beta": {f"{loss}_beta{beta}_lr{rate:g}": ["--loss", loss, "--ref", "cached", "--beta", str(beta), "--learning_rate", str(rate), "--steps", "100", "--eval_clips", "128"]
              for loss in ("dpo", "regdpo") for beta in (30, 300, 3000, 30000) for rate in (1e-4, 5e-4, 2e-3)},
+    # smaller steps and a lower beta, where margins stay small: the same number of steps
+    "gentle": {name: [*flags, "--beta", "300", "--learning_rate", "1e-4"] for name, flags in {"dpo": DPO, "regdpo": REGDPO, "regdpo_r_scale_0.2": [*REGDPO, "--r_scale", "0.2"]}.items()}
+              | {"sft": [*SFT, "--learning_rate", "1e-4"]},
     # r = dgr is DPO with the loser's gradient halved: bit for bit, where the loss scales make up for the factor of 2
     "identity": {"regdpo": [*REGDPO, "--steps", "100", "--eval_clips", "0"],
                  "lose_half": ["experiments/variants.py", "lose_half", *DPO, "--steps", "100", "--eval_clips", "0", "--loss_scale", "2e-3"],
@@ -45,6 +50,10 @@ EXPERIMENTS = {
                 "more_of_the_same": ["--loss", "regdpo", "--init", "out/experiments/losses/regdpo_0/export", "--data", "data/pairs_base"]},
     # the same on a base that is less trained
     "former_base": {name: [*flags, "--init", "data/former_base"] for name, flags in {"sft": SFT, "dpo": DPO, "regdpo": REGDPO, "regdpo_r500": [*REGDPO, "--r", "500"]}.items()},
+    # SPO judged by the exact metric, and by a preference model, which comes first: --settings judge --seeds 0. compare.py samples the exports
+    "spo": {
+        "judge": ["--loss", "preference", "--toy_clips", "4096", "--min_timestep", "0", "--batch_size", "32", "--steps", "600", "--decay_steps", "300", "--learning_rate", "2e-3"],
+        "exact": [*SPO, "--steps", "30"], "judged": [*SPO, "--steps", "20", "--score", "out/experiments/spo/judge_0/export"]},
 }
 
 
@@ -70,7 +79,7 @@ def value_of(flags, name, default):
 def keep(out, target, flags):
     """The run's folder -> the one small file of it that is committed. Returns its marks."""
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    every, digits = (1, 9) if target.parent.name == "identity" else (5, 4)
+    every, digits = (1, 9) if target.parent.name == "identity" else (1, 4) if "score" in rows[0] else (5, 4)       # roll-outs are few
     rows = [{name: float(f"{row[name]:.{digits}g}") for name in KEPT if name in row} for row in rows[::every] + rows[-1:]]
     target.parent.mkdir(parents=True, exist_ok=True)
     config = json.loads((out / "config.json").read_text())

@@ -79,6 +79,8 @@ def test_a_model_that_hardly_moves_is_told_after_a_hundred_steps():
     still = {"win_gap": -1e-5, "lose_gap": 1e-5, "accuracy": 0.52, "err_win": 0.2, "dgr": 499.0, "win_ratio": 1.0, "lose_ratio": 1.0}
     assert told(still, steps=99) == {}
     assert list(told(still)) == ["nothing_moves"]
+    assert list(told(still | {"accuracy": 0.66, "margin_abs": 0.12})) == ["nothing_moves"]      # accuracy counts signs: a run with --learning_rate 1e-6
+    assert told(still | {"margin_abs": 2.0}) == {}                             # gaps of either sign that a large beta makes margins of
 
 
 def probe(accuracy, ref=(0.1, 0.3)):

@@ -271,6 +271,7 @@ def gathers_and_error(rank, world_size, port):
     return found
 
 
+@pytest.mark.slow
 def test_keeping_less_asks_sharding_for_no_more_gathers():
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))

@@ -108,6 +108,7 @@ def same_probe(rows, theirs):
             assert row["probe"][name] == pytest.approx(values, rel=1e-3, abs=1e-5), (row["step"], name)
 
 
+@pytest.mark.slow
 def test_the_probe_is_the_same_on_two_ranks_and_after_a_resume_and_its_pairs_cannot_change(world, probed, tmp_path):      # noqa: F811
     run(world, tmp_path / "out", *PROBED, "--steps", "3", "--backward", "pair", "--ref", "cached", ranks=2)
     same_probe(run(world, tmp_path / "out", *PROBED, "--resume", "latest")[0], probed)      # against the base, not against where it resumed

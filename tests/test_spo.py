@@ -333,6 +333,27 @@ def test_the_toy_score_is_the_drift_of_the_clip_behind_the_noise():
         assert score.shape == (4,) and score.min() >= worst and score.max() <= best
 
 
+def test_a_preference_model_sees_the_candidates_of_a_pool_under_one_noise():
+    """Two candidates for the same clip behind different noises score the same, another clip does not, and each score is the model's for that clip noised at this sigma."""
+    shape, seen = (2, 1, 2, 3, 3), []
+    clips, first, second = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))
+
+    def scorer(x, timestep, context):
+        assert timestep.tolist() == [300.0, 300.0]
+        seen.append(x)
+        return x.flatten(1).sum(1)
+    behind = lambda clips: lambda x, timestep, context: (x - clips) / 0.3       # the velocity of latents that are known
+    batch = {"context": torch.zeros(2, 1, 4), "names": ["", ""], "positions": [5, 9]}
+    score = lambda clips, noise, batch=batch: train_spo.preference_score(scorer, behind(clips), 1.0, 0)(0.7 * clips + 0.3 * noise, 0.3, batch)
+    assert (score(clips, first) - score(clips, second)).abs().max() < 1e-5
+    assert (score(clips + 1, first) - score(clips, first) - 0.7 * 18).abs().max() < 1e-4
+    noise = (seen[0] - 0.7 * clips) / 0.3
+    assert abs(noise.mean()) < 0.7 and 0.6 < noise.std() < 1.4 and (noise[0] - noise[1]).abs().max() > 0.5
+    for part in (0, 1):                                                        # it hangs on the position, not on the place in the batch
+        score(clips.flip(0), first, batch | {"positions": [9, 5]})
+        assert torch.allclose(seen[-1][part], seen[0][1 - part], atol=1e-5)
+
+
 # ------------------------------------------------------------------------------------------------------------------
 # the run
 
@@ -359,7 +380,7 @@ def spo_world(world, tmp_path_factory):               # noqa: F811
 def run_spo(folder, out, *flags, ranks=1):
     """Rows of the log, exported weights, weights before."""
     argv = ["--init", str(folder / "base"), "--data", str(folder / "data"), "--score", str(folder / "scorer"), "--out", str(out), "--batch_size", "4", "--steps", "2",
-            "--sample_steps", "5", "--pool", "3", "--threshold", "0.15", "--updates", "2", "--warmup_steps", "2", "--save_every", "1", "--learning_rate", "5e-4", *flags]
+            "--sample_steps", "5", "--pool", "3", "--threshold", "0.05", "--updates", "2", "--warmup_steps", "2", "--save_every", "1", "--learning_rate", "5e-4", *flags]
     on_ranks(ranks, spo_main, argv)
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     return rows, *(load_file(path / "diffusion_pytorch_model.safetensors") for path in (out / "export", folder / "base"))
@@ -394,7 +415,7 @@ def test_the_log_of_a_run_says_what_pools_pairs_and_ratios_did(one_rank):
     assert first["seconds_score"] < first["seconds_rollout"] < first["seconds"]
 
 
-@pytest.mark.parametrize("ranks, flags", [(1, ("--grad_accum", "2")), (2, ("--grad_accum", "2")), (2, ("--checkpointing", "full", "--ref", "offload", "--cp_size", "2"))])
+@pytest.mark.parametrize("ranks, flags", [(1, ("--grad_accum", "2")), (2, ("--grad_accum", "2")), pytest.param(2, ("--checkpointing", "full", "--ref", "offload", "--cp_size", "2"), marks=pytest.mark.slow)])
 def test_one_curve_however_it_is_cut(spo_world, one_rank, tmp_path, ranks, flags):
     if (ranks, flags[0]) == (2, "--grad_accum"):                               # one caption at a time: some have no pair where others have, and none may wait for it
         assert any(0 < share < 1 for row in one_rank[0] for share in row["by_step"]["kept"])
@@ -409,6 +430,16 @@ def test_a_run_that_stops_and_resumes_is_the_same_run_to_the_last_bit_and_on_two
     assert [strip(row) for row in resumed[0]] == [strip(row) for row in one_rank[0]]
     assert all(torch.equal(resumed[1][name], one_rank[1][name]) for name in one_rank[1])
     same_run(run_spo(spo_world, tmp_path / "two", "--resume", "latest", ranks=2), one_rank)
+
+
+def test_what_is_exported_is_the_average_and_what_is_rolled_out_the_policy(spo_world, tmp_path):
+    flags = ("--steps", "1", "--updates", "1")                                 # the average's decay is (n + 1) / (n + 10) at first: 0.1 of the base stays
+    rows, average, base = run_spo(spo_world, tmp_path / "average", *flags, "--ema_decay", "0.95")
+    rows_without, policy, _ = run_spo(spo_world, tmp_path / "none", *flags, "--ema_decay", "0")
+    assert rows[0]["grad_norm"] == rows_without[0]["grad_norm"]
+    for name, start in base.items():
+        assert torch.allclose(average[name], 0.1 * start + 0.9 * policy[name], rtol=0, atol=1e-6), name
+    assert any((policy[name] - start).abs().max() > 1e-4 for name, start in base.items())
 
 
 def test_a_roll_out_without_a_pair_changes_nothing(spo_world, tmp_path):

@@ -104,7 +104,7 @@ def test_the_curve_moves_and_starts_at_log_2(one_rank):
 
 @pytest.mark.parametrize("ranks, flags", [
     (2, ()), pytest.param(4, (), marks=pytest.mark.slow), (1, ("--grad_accum", "2")), pytest.param(2, ("--grad_accum", "4"), marks=pytest.mark.slow),
-    (1, ("--backward", "sequential")), (2, ("--backward", "pair")), pytest.param(4, ("--backward", "pair", "--grad_accum", "2"), marks=pytest.mark.slow), (1, ("--checkpointing", "full", "--chunk_tokens", "7")), (2, ("--checkpointing", "selective")), (2, ("--ref", "offload"))])
+    (1, ("--backward", "sequential")), (2, ("--backward", "pair")), pytest.param(4, ("--backward", "pair", "--grad_accum", "2"), marks=pytest.mark.slow), (1, ("--checkpointing", "full", "--chunk_tokens", "7")), (2, ("--checkpointing", "selective")), pytest.param(2, ("--ref", "offload"), marks=pytest.mark.slow)])
 def test_one_curve_however_it_is_cut(world, one_rank, tmp_path, ranks, flags):
     same_run(run(world, tmp_path / "out", *flags, ranks=ranks), one_rank)
 
@@ -120,6 +120,7 @@ def test_a_run_that_stops_and_resumes_on_another_number_of_ranks_is_the_same_run
         assert all(torch.equal(resumed[1][name], one_rank[1][name]) for name in one_rank[1])
 
 
+@pytest.mark.slow
 def test_resuming_from_an_older_step_rewrites_the_log_from_there(world, one_rank, tmp_path):
     run(world, tmp_path / "out", "--keep", "1", "--steps", "3")
     run(world, tmp_path / "out", "--keep", "3", "--resume", "latest")

@@ -1,0 +1,114 @@
+"""
+SPO beside Reg-DPO and the base in the embedded world: exact marks by two samplers, the same held-out captions and noise for all, a table and a picture.
+
+    python experiments/run.py losses --settings regdpo                     # exports in out/experiments
+    python experiments/run.py spo --settings judge --seeds 0
+    python experiments/run.py spo --settings exact judged
+    python experiments/compare.py                                          # -> experiments/logs/spo/marks.json, docs/spo.md, docs/spo.png
+
+Models that marks.json already holds are not sampled again. ddim, 10 steps with eta 1, is the sampler whose steps SPO trained here; euler, 20 steps, the one that train.py shows.
+"""
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+import toy
+from data import collate, contact_sheet
+from losses import add_noise
+from model import load_wan
+from report import spread
+from sample import generate, seed_of
+from train_spo import parse_args, roll_out
+from world import SHAPE
+
+LOGS, OUT = ROOT / "experiments" / "logs" / "spo", ROOT / "out" / "experiments"
+SETTINGS = {"regdpo": OUT / "losses", "exact": OUT / "spo", "judged": OUT / "spo"}           # in the order of the table; a run is FOLDER/SETTING_SEED
+MARKS = ("direction", "shape", "drift", "size", "background", "broken", "frechet", "judge")
+CLIPS = 256
+
+
+@torch.no_grad()
+def make_clips(model, captions, part, sampler):
+    """Videos (n, 3, F, H, W) of the captions numbered `part`: shift 3, no guidance."""
+    texts = [toy.encode_text(captions[i]) for i in part]
+    if sampler == "euler":
+        latents = generate(model, texts, [seed_of("held out", i) for i in part], SHAPE, 20, 3.0, 1.0)
+    else:
+        args = parse_args(["--eta", "1", "--sample_steps", "10"])
+        latents, _, _ = roll_out(args, model, None, collate([{"context": text, "name": ""} for text in texts]), part, "held out", SHAPE, args.sample_steps)
+    return toy.decode_pixels(latents).clamp(-1, 1)
+
+
+def mark(model, captions, yardstick):
+    """-> {sampler: {mark: mean}}"""
+    parts = [range(start, start + 64) for start in range(0, len(captions), 64)]
+    return {sampler: toy.score(torch.cat([make_clips(model, captions, part, sampler) for part in parts]), captions, yardstick) for sampler in ("ddim", "euler")}
+
+
+@torch.no_grad()
+def judged(judge, clips, captions):
+    """Mean score of clips (n, 3, F, H, W) by the preference model, at the sigma of the last pools, 0.25, the same noise whoever made them."""
+    noise = torch.randn(len(clips), *SHAPE, generator=torch.Generator().manual_seed(0))
+    context = collate([{"context": toy.encode_text(caption), "name": caption} for caption in captions[:len(clips)]])["context"]
+    return judge(add_noise(toy.encode_pixels(clips), noise, torch.full((len(clips),), 0.25)), torch.full((len(clips),), 250.0), context).mean().item()
+
+
+def cost(setting, seed):
+    """What a run took, in videos through the policy: (roll-outs or negatives, trained on), and through a judge."""
+    if setting == "regdpo":                                                   # 512 negatives of 20 steps; 300 steps of 16 winners and 16 losers
+        return 512 * 20, 300 * 32, 0
+    rows = json.loads((LOGS / f"{setting}_{seed}.json").read_text())["log"]
+    trained = sum(row["pairs"] for row in rows)
+    return sum(row["policy_forwards"] for row in rows) - trained, trained, sum(row["score_forwards"] for row in rows)
+
+
+def table(marks):
+    lines = ["| | sampler | seeds | " + " | ".join(MARKS) + " | policy forwards, sampling + training | scores |", "| --- " * (len(MARKS) + 5) + "|"]
+    for setting in ("base", *SETTINGS):
+        runs = [name for name in marks if name.rsplit("_", 1)[0] == setting]
+        if not runs:
+            continue
+        costs = [cost(*name.rsplit("_", 1)) for name in runs if setting != "base"]
+        sampling, training, scores = ([f"{sum(column) / len(column):,.0f}" for column in zip(*costs)] if costs else ["", "", ""])
+        for sampler in ("ddim", "euler"):
+            lines.append(f"| {setting} | {sampler} | {len(runs) if costs else ''} | " + " | ".join(spread([marks[name][sampler][key] for name in runs]) for key in MARKS)
+                         + f" | {sampling}{' + ' * bool(costs)}{training} | {scores} |")
+    lines.append("| real clips | | | " + " | ".join(f"{marks['real clips'][key]:.3f}" for key in MARKS) + " | | |")
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    torch.set_num_threads(1)                                                  # tiny tensors are slower with more
+    captions, real = toy.make_clips(CLIPS, seed=1, held_out=True)
+    real = toy.decode_pixels(toy.encode_pixels(real))
+    yardstick = toy.decode_pixels(toy.encode_pixels(toy.make_clips(512, seed=2)[1]))
+    file = LOGS / "marks.json"
+    marks = json.loads(file.read_text()) if file.exists() else {"real clips": toy.score(real, captions, yardstick)}
+    models = {"base": ROOT / "toy_base"}
+    models |= {path.parent.name: path for setting, folder in SETTINGS.items() for path in sorted(folder.glob(f"{setting}_[0-9]/export"))}
+    judge = load_wan(OUT / "spo" / "judge_0" / "export").eval()
+    marks["real clips"]["judge"] = judged(judge, real[:64], captions)
+    for name, path in models.items():
+        if name not in marks:
+            model = load_wan(path).eval()
+            marks[name] = mark(model, captions, yardstick)
+            for sampler in marks[name]:
+                marks[name][sampler]["judge"] = judged(judge, make_clips(model, captions, range(64), sampler), captions)
+            file.write_text(json.dumps(marks, indent=1))
+            print(name, marks[name], flush=True)
+    (ROOT / "docs" / "spo.md").write_text(table(marks))
+
+    shown, rows = range(6), [real]
+    for name in ("base", "regdpo_0", "exact_0", "judged_0"):
+        if name in models:
+            rows.append(make_clips(load_wan(models[name]).eval(), captions, shown, "ddim"))
+    contact_sheet(ROOT / "docs" / "spo.png", [clips[i] for i in shown for clips in rows], upscale=3, group=len(rows))
+    print(table(marks) + "written to docs/spo.md and docs/spo.png")
+
+
+if __name__ == "__main__":
+    main()
