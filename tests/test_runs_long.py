@@ -126,9 +126,9 @@ def test_two_thousand_steps_hold_no_more_memory_files_or_log_a_row_than_five_hun
     torch.nn.init.normal_(model.head.head.weight, std=0.05)
     save_wan(model, tmp_path / "base")
     flags = argv(world, tmp_path / "base", tmp_path / "out", "--steps 2000 --save_every 249 --keep 2 --batch_size 2 --learning_rate 1e-6 --hold_back 2 --probe_every 250")
-    assert finish(start(1, health, flags, list(range(499, 2000, 500))), 280) == [0]
+    assert finish(start(1, health, flags, list(range(499, 2000, 500))), 540) == [0]
     found = json.loads((tmp_path / "out" / "found.json").read_text())
-    for name in ("MiB", "objects"):                                            # FSDP notes every forward without backward, 44 bytes a block: 1.2 MiB in 1,500 steps, of 290
+    for name in ("MiB", "objects"):                                            # measured +0.4 %; FSDP keeps 44 bytes a group for every forward of the reference
         assert max(found[name]) <= 1.01 * found[name][0], (name, found[name])
     for name in ("tensors", "files", "threads"):
         assert max(found[name]) <= found[name][0], (name, found[name])
