@@ -133,7 +133,8 @@ def sample_files(folder):
 
 
 def summary(sample):
-    return {name: tuple(value.shape) for name, value in sample.items() if name != "metadata"}, sample["metadata"].get("prompt")
+    """({name: shape} in the order of names, prompt or None): files come with their tensors in any."""
+    return {name: tuple(sample[name].shape) for name in sorted(sample) if name != "metadata"}, sample["metadata"].get("prompt")
 
 
 def read_summaries(files, bad=None):
@@ -156,7 +157,7 @@ def read_summaries(files, bad=None):
             raise ValueError(f"{path}: {widths[0]} latent channels and context width {widths[1]}, but {first[0]} has {first[1][0]} and {first[1][1]}; "
                              "encode all samples with one encoder")
         found = summary(header)
-        summaries[path] = alike.setdefault((*sorted(found[0].items()), found[1]), found)               # of two million files most look alike
+        summaries[path] = alike.setdefault((*found[0].items(), found[1]), found)               # of two million files most look alike
     return summaries
 
 

@@ -14,6 +14,8 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from run import EXPERIMENTS
+
 ROOT = Path(__file__).resolve().parent.parent
 MARKS = ("direction", "shape", "drift", "background", "broken", "frechet")
 COLUMNS = "| | seeds | direction | shape | drift | background | broken | Fréchet | win_gap | lose_gap |\n" + "| --- " * 10 + "|\n"
@@ -24,7 +26,7 @@ def read(experiment):
     runs = {}
     for file in sorted((ROOT / "experiments" / "logs" / experiment).glob("*.json")):
         runs.setdefault(file.stem.rsplit("_", 1)[0], []).append(json.loads(file.read_text()))
-    return runs
+    return {setting: runs[setting] for setting in EXPERIMENTS[experiment] if setting in runs}
 
 
 def mean(values):
@@ -59,6 +61,8 @@ def table(runs, names=None):
 
 def grid(runs, loss):
     """drift and background after 100 steps for each beta (rows) and learning rate (columns)."""
+    if not runs:
+        return ""
     found = {tuple(map(float, re.fullmatch(rf"{loss}_beta(.+)_lr(.+)", name).groups())): of for name, of in runs.items() if name.startswith(f"{loss}_beta")}
     betas, rates = sorted({beta for beta, _ in found}), sorted({rate for _, rate in found})
     text = f"| beta, {loss} | " + " | ".join(f"lr {rate:g}" for rate in rates) + " |\n" + "| --- " * (len(rates) + 1) + "|\n"
