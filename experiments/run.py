@@ -39,7 +39,7 @@ EXPERIMENTS = {
     # smaller steps and a lower beta, where margins stay small: the same number of steps
     "gentle": {name: [*flags, "--beta", "300", "--learning_rate", "1e-4"] for name, flags in {"dpo": DPO, "regdpo": REGDPO, "regdpo_r_scale_0.2": [*REGDPO, "--r_scale", "0.2"]}.items()}
               | {"sft": [*SFT, "--learning_rate", "1e-4"]},
-    # r = dgr is DPO with the loser's gradient halved: bit for bit, where the loss scales make up for the factor of 2
+    # r = dgr is DPO with the loser's gradient halved; the loss scale makes up for the factor of 2
     "identity": {"regdpo": [*REGDPO, "--steps", "100", "--eval_clips", "0"],
                  "lose_half": ["experiments/variants.py", "lose_half", *DPO, "--steps", "100", "--eval_clips", "0", "--loss_scale", "2e-3"],
                  "lose_half_unscaled": ["experiments/variants.py", "lose_half", *DPO, "--steps", "100", "--eval_clips", "0"]},
