@@ -18,16 +18,15 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import toy
 from data import collate, contact_sheet
-from losses import add_noise
 from model import load_wan
 from report import spread
 from sample import generate, seed_of
-from train_spo import parse_args, roll_out
+from train_spo import parse_args, preference_score, roll_out
 from world import SHAPE
 
 LOGS, OUT = ROOT / "experiments" / "logs" / "spo", ROOT / "out" / "experiments"
 SETTINGS = {"regdpo": OUT / "losses", "exact": OUT / "spo", "judged": OUT / "spo"}           # in the order of the table; a run is FOLDER/SETTING_SEED
-MARKS = ("direction", "shape", "drift", "size", "background", "broken", "frechet", "judge")
+MARKS = ("direction", "shape", "drift", "size", "background", "broken", "frechet")
 CLIPS = 256
 
 
@@ -50,24 +49,25 @@ def mark(model, captions, yardstick):
 
 
 @torch.no_grad()
-def judged(judge, clips, captions):
-    """Mean score of clips (n, 3, F, H, W) by the preference model, at the sigma of the last pools, 0.25, the same noise whoever made them."""
-    noise = torch.randn(len(clips), *SHAPE, generator=torch.Generator().manual_seed(0))
-    context = collate([{"context": toy.encode_text(caption), "name": caption} for caption in captions[:len(clips)]])["context"]
-    return judge(add_noise(toy.encode_pixels(clips), noise, torch.full((len(clips),), 0.25)), torch.full((len(clips),), 250.0), context).mean().item()
+def judged(model, judge, base, captions):
+    """What a preference model says of a policy, as in training: its mean score of the last pools, at sigma 0.25, of roll-outs of these captions."""
+    args = parse_args(["--eta", "1", "--sample_steps", "10"])
+    batch = collate([{"context": toy.encode_text(caption), "name": caption} for caption in captions]) | {"positions": list(range(len(captions)))}
+    _, transitions, _ = roll_out(args, model, preference_score(judge, base, 1.0, "held out"), batch, batch["positions"], "held out", SHAPE, args.sample_steps - 2)
+    return transitions[-1]["scores"].mean().item()
 
 
 def cost(setting, seed):
     """What a run took, in videos through the policy: (roll-outs or negatives, trained on), and through a judge."""
     if setting == "regdpo":                                                   # 512 negatives of 20 steps; 300 steps of 16 winners and 16 losers
         return 512 * 20, 300 * 32, 0
-    rows = json.loads((LOGS / f"{setting}_{seed}.json").read_text())["log"]
+    rows = {row["step"]: row for row in json.loads((LOGS / f"{setting}_{seed}.json").read_text())["log"]}.values()
     trained = sum(row["pairs"] for row in rows)
     return sum(row["policy_forwards"] for row in rows) - trained, trained, sum(row["score_forwards"] for row in rows)
 
 
 def table(marks):
-    lines = ["| | sampler | seeds | " + " | ".join(MARKS) + " | policy forwards, sampling + training | scores |", "| --- " * (len(MARKS) + 5) + "|"]
+    lines = ["| | sampler | seeds | " + " | ".join(MARKS) + " | judge | policy forwards, sampling + training | scores |", "| --- " * (len(MARKS) + 6) + "|"]
     for setting in ("base", *SETTINGS):
         runs = [name for name in marks if name.rsplit("_", 1)[0] == setting]
         if not runs:
@@ -76,8 +76,8 @@ def table(marks):
         sampling, training, scores = ([f"{sum(column) / len(column):,.0f}" for column in zip(*costs)] if costs else ["", "", ""])
         for sampler in ("ddim", "euler"):
             lines.append(f"| {setting} | {sampler} | {len(runs) if costs else ''} | " + " | ".join(spread([marks[name][sampler][key] for name in runs]) for key in MARKS)
-                         + f" | {sampling}{' + ' * bool(costs)}{training} | {scores} |")
-    lines.append("| real clips | | | " + " | ".join(f"{marks['real clips'][key]:.3f}" for key in MARKS) + " | | |")
+                         + f" | {spread([marks[name]['ddim']['judge'] for name in runs], 1) if sampler == 'ddim' else ''} | {sampling}{' + ' * bool(costs)}{training} | {scores} |")
+    lines.append("| real clips | | | " + " | ".join(f"{marks['real clips'][key]:.3f}" for key in MARKS) + " | | | |")
     return "\n".join(lines) + "\n"
 
 
@@ -91,13 +91,12 @@ def main():
     models = {"base": ROOT / "toy_base"}
     models |= {path.parent.name: path for setting, folder in SETTINGS.items() for path in sorted(folder.glob(f"{setting}_[0-9]/export"))}
     judge = load_wan(OUT / "spo" / "judge_0" / "export").eval()
-    marks["real clips"]["judge"] = judged(judge, real[:64], captions)
+    base = load_wan(ROOT / "toy_base").eval()
     for name, path in models.items():
         if name not in marks:
             model = load_wan(path).eval()
             marks[name] = mark(model, captions, yardstick)
-            for sampler in marks[name]:
-                marks[name][sampler]["judge"] = judged(judge, make_clips(model, captions, range(64), sampler), captions)
+            marks[name]["ddim"]["judge"] = judged(model, judge, base, captions[:64])
             file.write_text(json.dumps(marks, indent=1))
             print(name, marks[name], flush=True)
     (ROOT / "docs" / "spo.md").write_text(table(marks))
