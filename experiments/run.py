@@ -14,8 +14,10 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock
 
 ROOT = Path(__file__).resolve().parent.parent
+PREPARING = Lock()                                                            # one job makes what several need
 KEPT = ("step", "loss", "loss_dpo", "margin", "accuracy", "win_gap", "lose_gap", "dgr", "c_win", "c_lose", "err_win", "ref_err_win", "kept", "grad_norm", "saturated",
         "score", "score_end", "gap", "pairs", "policy_forwards", "score_forwards")
 SFT, DPO, REGDPO = ["--loss", "sft"], ["--loss", "dpo", "--ref", "cached"], ["--loss", "regdpo", "--ref", "cached"]
@@ -95,7 +97,8 @@ def run(experiment, setting, seed, common):
     out = ROOT / "out" / "experiments" / experiment / f"{setting}_{seed}"
     flags = [*EXPERIMENTS[experiment][setting], *common]
     if not (out / "done").exists():
-        prepare(flags)
+        with PREPARING:
+            prepare(flags)
         resume = ["--resume", "latest"] if (out / "latest").exists() else []
         out.mkdir(parents=True, exist_ok=True)
         shared = [value_of(flags, name, default).replace("/", "-") for name, default in (("--init", "toy_base"), ("--data", "toy"))]
