@@ -189,9 +189,9 @@ def audit_report(dataset, lowest, most=128, elements=2 ** 26):
     if len(pairs) < 8:
         return "\n".join(lines + [f"no audit of {len(pairs)} pairs: 8 of one shape are needed"])
     rows = audit(pairs, sorted({0.0, lowest, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8}))
-    lines.append(f"audit: one simple number tells win from lose, in {len(pairs) // 2} other pairs than it was picked on, as often as (0.5: not at all) "
-                 + ", ".join(f"{row['accuracy']:.2f} {'clean' if row['sigma'] == 0 else 'at sigma {:g}'.format(row['sigma'])}" for row in rows)
-                 + f"; clean that is {rows[0]['statistic']}, AUC {rows[0]['auc']:.2f}")
+    lines.append(f"audit: how often the best of some simple numbers (brightness, grain, flicker, ...) tells win from lose in {len(pairs) // 2} pairs it was not picked on; chance is 0.5: "
+                 + ", ".join(f"{'clean' if row['sigma'] == 0 else 'sigma {:g}'.format(row['sigma'])} {row['accuracy']:.2f}" for row in rows)
+                 + f" (clean: {rows[0]['statistic']}, AUC {rows[0]['auc']:.2f})")
     found = next(row for row in rows if row["sigma"] == lowest)
     if found["accuracy"] > 0.9:
         hidden = next((row for row in rows if row["sigma"] > lowest and row["accuracy"] < 0.8), None)
