@@ -76,7 +76,12 @@ def test_negatives_killed_at_random_moments_or_made_by_two_at_once_are_those_of_
         seen.append(len(now))
     assert len(seen) >= 3 and max(seen) > 1 and contents(data["killed"] / "negatives") == expected, seen
     both = [start(1, negatives, base, data["two"], change)[0] for change in (0, 20)]                   # one of them is killed on the way
-    assert finish(both) == [0, -signal.SIGKILL] and contents(data["two"] / "negatives") == expected
+    assert one_came_through(both) and contents(data["two"] / "negatives") == expected
+
+
+def one_came_through(both):
+    first, killed = finish(both)
+    return first == 0 and killed in (-signal.SIGKILL, 0)                       # 0: the first was through before the second had as much to do
 
 
 def test_a_reference_cache_killed_at_random_moments_or_written_by_two_at_once_is_that_of_an_undisturbed_run(tmp_path):
@@ -92,7 +97,7 @@ def test_a_reference_cache_killed_at_random_moments_or_written_by_two_at_once_is
     assert known == sorted(known) and len(set(known)) > 3 and torch.equal(open_errors(path, {"seed": 0}, 40), expected), known
     path = tmp_path / "two" / "ref_errors.safetensors"
     both = [start(1, cache, path, change)[0] for change in (0, 15)]
-    assert finish(both) == [0, -signal.SIGKILL] and torch.equal(open_errors(path, {"seed": 0}, 40), expected)
+    assert one_came_through(both) and torch.equal(open_errors(path, {"seed": 0}, 40), expected)
     with pytest.raises(ValueError, match="were scored with seed = 0, this run has seed = 1"):
         open_errors(path, {"seed": 1}, 40)
 
