@@ -35,6 +35,20 @@ FLOPS_OF = flop_registry | {torch.ops.aten.addmm_: flop_registry[torch.ops.aten.
 COPIES = {torch.ops.aten.copy_.default: 1, torch.ops.aten._to_copy.default: 0}                 # op: which of its arguments is read
 
 
+def kept_for_backward(model, forward):
+    """Bytes that autograd keeps for backward of forward(), the parameters of the model left out. On real or on fake tensors."""
+    own, kept = {parameter.untyped_storage()._cdata for parameter in model.parameters()}, {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage._cdata not in own:
+            kept[storage._cdata] = (storage.nbytes(), tensor)                                  # the tensor, so that no address is used twice
+        return tensor
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        forward()
+    return sum(nbytes for nbytes, _ in kept.values())
+
+
 class Live(TorchDispatchMode):
     """
     Counts the bytes of all live storages, real or fake, by tag, and the FLOPs of all that runs. A storage gets the tag that is set when it is first seen;

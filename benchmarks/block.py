@@ -30,6 +30,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fsdp_utils import checkpoint_blocks, chunk_blocks, compile_blocks
 from model import CONFIGS, ORIGINAL_NAMES, WanConfig, WanModel, public_config, rename
+from tracker import kept_for_backward
 
 T2V = dict(in_dim=16, out_dim=16)
 SIZES = {                             # config, latents (frames, height, width)
@@ -117,23 +118,15 @@ def step(forward, args, target):
 
 def kept_bytes(build, size, mode):
     """Bytes kept for backward in bf16 per token, layer and channel."""
-    (config, latents), kept = SIZES[size], {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = (storage.nbytes(), tensor)            # the tensor, so that no address is used twice
-        return tensor
+    config, latents = SIZES[size]
     with FakeTensorMode(allow_non_fake_inputs=True):
         torch.set_default_dtype(torch.bfloat16)
         model, forward = build(config, mode)
-        own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
         args, _ = inputs(latents, dtype=torch.bfloat16)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            forward(*args)
+        nbytes = kept_for_backward(model, lambda: forward(*args))
         torch.set_default_dtype(torch.float32)
     tokens = latents[0] * latents[1] * latents[2] // 4
-    return sum(nbytes for nbytes, _ in kept.values()) / (tokens * config.num_layers * config.dim)
+    return nbytes / (tokens * config.num_layers * config.dim)
 
 
 def process_times(size, variants, rounds):

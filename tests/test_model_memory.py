@@ -20,6 +20,7 @@ import test_train
 from fsdp_utils import Chunks, checkpoint_blocks, chunk_blocks, compile_blocks, shard_model, start_ranks
 from make_golden import make_case
 from model import CONFIGS, Block, WanModel, recompute, rope_table
+from tracker import kept_for_backward
 
 
 def velocity_and_all_gradients(name, change, dtype=torch.float64):
@@ -42,23 +43,15 @@ def worst(found, expected):
 
 def kept_bytes(config, change):
     """Bytes that autograd keeps of one video of 81 frames at 832 x 480 in bf16, per token and channel; fake tensors, no arithmetic."""
-    kept = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = (storage.nbytes(), tensor)            # the tensor, so that no address is used twice
-        return tensor
     with FakeTensorMode(allow_non_fake_inputs=True):
         torch.set_default_dtype(torch.bfloat16)
         model = WanModel(config)
         torch.set_default_dtype(torch.float32)
         change(model)
-        own = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-            velocity = model(torch.randn(1, 16, 21, 60, 104), torch.tensor([500.0]), torch.randn(1, 512, 4096))
-    assert velocity.shape == (1, 16, 21, 60, 104)
-    return sum(nbytes for nbytes, _ in kept.values()) / (32760 * config.dim)
+        shapes = []
+        nbytes = kept_for_backward(model, lambda: shapes.append(model(torch.randn(1, 16, 21, 60, 104), torch.tensor([500.0]), torch.randn(1, 512, 4096)).shape))
+    assert shapes == [(1, 16, 21, 60, 104)]
+    return nbytes / (32760 * config.dim)
 
 
 @pytest.mark.parametrize("preset, mode, size, expected", [
@@ -234,7 +227,8 @@ def test_compiled_blocks_run_the_same_code_with_and_without_gradients():
     assert 10 <= len(graphs) <= 20                                       # six functions, forward and backward, once for all blocks; the reference adds none
 
 
-@pytest.mark.skipif("SLOW" not in os.environ or not shutil.which("g++"), reason="a minute or more of g++: asked for by SLOW=1")
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs g++")
 def test_blocks_compiled_by_inductor_start_as_equal_policy_and_reference():
     policy, ref, error, eager = compiled_and_eager("inductor")
     assert torch.equal(policy, ref) and error <= 1e-5
