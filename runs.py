@@ -167,6 +167,12 @@ def report_skipped(step, skipped, samples, limit=10):
 # ------------------------------------------------------------------------------------------------------------------
 # checkpoints
 
+def state_of(policy, optimizer, ema):
+    """What a checkpoint holds: this rank's shards, {"model", "optimizer", and "ema" where there is one}."""
+    model, moments = get_state_dict(policy, optimizer)
+    return {"model": model, "optimizer": moments} | ({"ema": get_model_state_dict(ema)} if ema is not None else {})
+
+
 def save_checkpoint(out, step, policy, optimizer, ema, meta, keep):
     """
     Write out/step_000500 (every rank its shards) and then name it in out/latest. All ranks call it.
@@ -183,8 +189,7 @@ def save_checkpoint(out, step, policy, optimizer, ema, meta, keep):
         for left in [*out.glob(".step_*"), *out.glob(".*.tmp")]:              # by killed runs
             shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
     dist.barrier()
-    model_state, optimizer_state = get_state_dict(policy, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state} | ({"ema": get_model_state_dict(ema)} if ema is not None else {})
+    state = state_of(policy, optimizer, ema)
     try:
         dcp.save(state, checkpoint_id=temporary)
         if first:
@@ -265,8 +270,7 @@ def load_checkpoint(folder, policy, optimizer, ema, meta):
     dist.all_gather_object(seen, saved["step"])
     if len(set(seen)) > 1:
         raise ValueError(f"--resume {folder}: the ranks see checkpoints of steps {seen}; --out must be on a file system that all nodes see alike. Name the step folder")
-    model_state, optimizer_state = get_state_dict(policy, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state} | ({"ema": get_model_state_dict(ema)} if ema is not None else {})
+    state = state_of(policy, optimizer, ema)
     try:
         dcp.load(state, storage_reader=Reader(folder), planner=Planner())
     except CheckpointException as error:
