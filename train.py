@@ -520,7 +520,7 @@ def main(args):
         indices = [order(args.seed, p, len(dataset)) for p in range(step * args.batch_size, (step + 1) * args.batch_size)]    # of all ranks
         row |= {"sources": Counter(map(dataset.source, indices))} if needs_pairs and len(dataset.sources) > 1 else {}     # which folders of losers the pairs came from
 
-        if needs_pairs and step == 0 and row["margin_abs"] > (1e-6 if args.loss == "ipo" else 1e-3):    # IPO's margin has no beta
+        if needs_pairs and step == 0 and row["margin_abs"] > 1e-6 * (1 if args.loss == "ipo" else args.beta):      # rounding of the errors; IPO's margin has no beta
             raise RuntimeError(f"policy and reference are the same weights at step 0, but their margins differ by {row['margin_abs']:.2g} on average: they do "
                                f"not take the same numerical path, so every later margin would be wrong by as much (and the DPO part of the loss is not log 2)")
 

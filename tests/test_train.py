@@ -323,6 +323,17 @@ def test_an_unknown_preset_or_flag_names_the_choices(capsys):
         assert word in capsys.readouterr().err
 
 
+def test_rounding_of_the_errors_does_not_stop_a_run_whatever_beta_makes_of_it(world, tmp_path, monkeypatch):
+    backward = train.backward_batch
+    def rounded(args, policy, ref, *rest):
+        return backward(args, policy, ref + 4e-7 * torch.tensor([[1.0], [-1.0]]), *rest)      # of errors about 1: some of float32's last bits
+    monkeypatch.setattr(train, "backward_batch", rounded)
+    argv = ["--init", str(world / "base"), "--data", str(world / "data"), "--out", str(tmp_path / "out"), "--steps", "1", "--batch_size", "4", "--ref", "cached", "--beta", "30000"]
+    train.main(train.parse_args(argv))
+    row = json.loads((tmp_path / "out" / "log.jsonl").read_text())
+    assert row["margin_abs"] == pytest.approx(0.024, rel=0.2)
+
+
 def test_a_reference_that_is_not_the_policy_stops_the_run_at_step_0(world, tmp_path, monkeypatch):
     build = train.build_model
     def spoiled(args, config, mesh, checkpointing="off", offload=False):
