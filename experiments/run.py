@@ -22,6 +22,7 @@ KEPT = ("step", "loss", "loss_dpo", "margin", "accuracy", "win_gap", "lose_gap",
         "score", "score_end", "gap", "pairs", "policy_forwards", "score_forwards")
 SFT, DPO, REGDPO = ["--loss", "sft"], ["--loss", "dpo", "--ref", "cached"], ["--loss", "regdpo", "--ref", "cached"]
 SPO = ["train_spo.py", "--sample_steps", "10", "--unbranched", "0", "--step_weight", "inverse", "--beta", "2000", "--eval_clips", "0"]
+EQUAL = ["--loss", "regdpo", "--toy_clips", "256", "--steps", "70"]              # 256 negatives of 20 steps + 70 steps of 32 videos = 7,360 policy forwards; SPO's exact: 7,362
 
 FORMER_BASE = "270b339"                                                       # commit of the base before this one: less trained, 0.37 broken clips at guidance 2 instead of 0.08
 PAIRS = {                                                                     # sets of GT-Pairs: flags of sample.py --pairs
@@ -37,10 +38,13 @@ EXPERIMENTS = {
     "r": {f"r{r}": [*REGDPO, "--r", str(r)] for r in (25, 50, 125, 300)} | {f"r_scale_{k:g}": [*REGDPO, "--r_scale", str(k)] for k in (0.5, 2, 5)},
     # where DPO and Reg-DPO work at all: a third of the steps
     "beta": {f"{loss}_beta{beta}_lr{rate:g}": ["--loss", loss, "--ref", "cached", "--beta", str(beta), "--learning_rate", str(rate), "--steps", "100", "--eval_clips", "128"]
-             for loss in ("dpo", "regdpo") for beta in (30, 300, 3000, 30000) for rate in (1e-4, 5e-4, 2e-3)},
+             for loss in ("dpo", "regdpo") for beta in (3, 30, 300, 3000, 30000) for rate in (1e-4, 5e-4, 2e-3)},
     # smaller steps and a lower beta, where margins stay small: the same number of steps
     "gentle": {name: [*flags, "--beta", "300", "--learning_rate", "1e-4"] for name, flags in {"dpo": DPO, "regdpo": REGDPO, "regdpo_r_scale_0.2": [*REGDPO, "--r_scale", "0.2"]}.items()}
               | {"sft": [*SFT, "--learning_rate", "1e-4"]},
+    # lower still: no margin is large, and the sigmoid is nearly a line. SFT at this learning rate is in gentle
+    "low_beta": {loss: ["--loss", loss, "--ref", "cached", "--beta", "30", "--learning_rate", "1e-4"] for loss in ("dpo", "regdpo", "dpop", "dpo_cm", "sdpo", "ipo", "diffusion_sdpo", "linear_dpo")}
+                | {"regdpo_r_scale_0.2": [*REGDPO, "--r_scale", "0.2", "--beta", "30", "--learning_rate", "1e-4"]},
     # r = dgr is DPO with the loser's gradient halved; the loss scale makes up for the factor of 2
     "identity": {"regdpo": [*REGDPO, "--steps", "100", "--eval_clips", "0"],
                  "lose_half": ["experiments/variants.py", "lose_half", *DPO, "--steps", "100", "--eval_clips", "0", "--loss_scale", "2e-3"],
@@ -52,10 +56,11 @@ EXPERIMENTS = {
                 "more_of_the_same": ["--loss", "regdpo", "--init", "out/experiments/losses/regdpo_0/export", "--data", "data/pairs_base"]},
     # the same on a base that is less trained
     "former_base": {name: [*flags, "--init", "data/former_base"] for name, flags in {"sft": SFT, "dpo": DPO, "regdpo": REGDPO, "regdpo_r500": [*REGDPO, "--r", "500"]}.items()},
-    # SPO judged by the exact metric, and by a preference model, which comes first: --settings judge --seeds 0. compare.py samples the exports
+    # SPO judged by the exact metric, and by a preference model, which comes first: --settings judge --seeds 0; Reg-DPO with as many policy forwards. compare.py samples the exports
     "spo": {
         "judge": ["--loss", "preference", "--toy_clips", "4096", "--min_timestep", "0", "--batch_size", "32", "--steps", "600", "--decay_steps", "300", "--learning_rate", "2e-3"],
-        "exact": [*SPO, "--steps", "30"], "judged": [*SPO, "--steps", "20", "--score", "out/experiments/spo/judge_0/export"]},
+        "exact": [*SPO, "--steps", "30"], "judged": [*SPO, "--steps", "20", "--score", "out/experiments/spo/judge_0/export"],
+        "regdpo_equal": EQUAL, "regdpo_equal_r_scale_0.2": [*EQUAL, "--r_scale", "0.2"]},
 }
 
 
