@@ -213,7 +213,8 @@ def sdpo_loss(err_win, err_lose, ref_err_win, ref_err_lose, beta, weight_win, we
         losses = -log sigmoid(logit),   logit = -beta * (w_win * win_gap - w_lose * lose_gap),   w = clip(weight, 1 - clip, 1 + clip), detached
 
     c_win, c_lose = w_win * dgr, w_lose * dgr, dgr of the logit. Inside and one per branch is inferred from descriptions of the third version; the
-    equations are not public. Its beta for video (0.02) is in another unit. Weights from importance_weight; the metrics hold them unclipped.
+    equations are not public. Its beta for video (0.02) is in another unit. Weights from importance_weight; the metrics hold them
+    unclipped, and loss_dpo without them.
     Not Diffusion-SDPO, which is diffusion_sdpo_loss below. ValueError: beta <= 0; clip outside [0, 1] (0 is plain DPO).
     """
     if not beta > 0:
@@ -228,7 +229,7 @@ def sdpo_loss(err_win, err_lose, ref_err_win, ref_err_lose, beta, weight_win, we
     logit = -beta * (w_win * win_gap - w_lose * lose_gap)
     margin = -beta * (win_gap - lose_gap)
     losses = -F.logsigmoid(logit)
-    metrics = {"loss_dpo": losses, "logit": logit, "weight_win": weight_win, "weight_lose": weight_lose, "margin": margin,
+    metrics = {"loss_dpo": -F.logsigmoid(margin), "logit": logit, "weight_win": weight_win, "weight_lose": weight_lose, "margin": margin,
                "accuracy": (1 + margin.sign()) / 2, "win_gap": win_gap, "lose_gap": lose_gap, "dgr": beta * torch.sigmoid(-logit),
                "reward_win": -beta * win_gap, "reward_lose": -beta * lose_gap}
     return losses, {name: value.detach() for name, value in metrics.items()}
@@ -260,6 +261,7 @@ def dpop_loss(err_win, err_lose, ref_err_win, ref_err_lose, beta, penalty):
         losses = -log sigmoid(logit),   logit = margin - beta * penalty * max(win_gap, 0)
 
     c_win, c_lose = dgr * (1 + penalty) where win_gap > 0, else dgr; dgr. Equal to dpo_loss while win_gap <= 0.
+    loss_dpo in the metrics is -log sigmoid(margin), without the penalty.
     ValueError: beta <= 0; penalty < 0.
     """
     if not beta > 0:
@@ -271,7 +273,7 @@ def dpop_loss(err_win, err_lose, ref_err_win, ref_err_lose, beta, penalty):
     margin = -beta * (win_gap - lose_gap)
     logit = margin - beta * penalty * F.relu(win_gap)                # relu'(0) = 0: the first step is plain DPO's
     losses = -F.logsigmoid(logit)
-    metrics = {"loss_dpo": losses, "logit": logit, "margin": margin, "accuracy": (1 + margin.sign()) / 2, "win_gap": win_gap, "lose_gap": lose_gap,
+    metrics = {"loss_dpo": -F.logsigmoid(margin), "logit": logit, "margin": margin, "accuracy": (1 + margin.sign()) / 2, "win_gap": win_gap, "lose_gap": lose_gap,
                "dgr": beta * torch.sigmoid(-logit), "reward_win": -beta * win_gap, "reward_lose": -beta * lose_gap}
     return losses, {name: value.detach() for name, value in metrics.items()}
 
@@ -375,7 +377,7 @@ def spo_loss(logp_win, logp_lose, ref_logp_win, ref_logp_lose, beta, clip):
     margin = beta * (log_ratio_win - log_ratio_lose)
     losses = -F.logsigmoid(logit)
     clipped = ((inside_win != log_ratio_win).to(margin.dtype) + (inside_lose != log_ratio_lose).to(margin.dtype)) / 2
-    metrics = {"loss_dpo": losses, "logit": logit, "margin": margin, "accuracy": (1 + margin.sign()) / 2, "ratio_win": inside_win.exp(),
+    metrics = {"loss_dpo": -F.logsigmoid(margin), "logit": logit, "margin": margin, "accuracy": (1 + margin.sign()) / 2, "ratio_win": inside_win.exp(),
                "ratio_lose": inside_lose.exp(), "clipped": clipped, "reward_win": beta * log_ratio_win, "reward_lose": beta * log_ratio_lose}
     return losses, {name: value.detach() for name, value in metrics.items()}
 
