@@ -3,7 +3,7 @@ Preference post-training of Wan video models, offline objectives: one file, one 
 
     python train.py                                              # Reg-DPO on GT-Pairs in the embedded world, on a laptop
     torchrun --nproc_per_node=8 train.py --loss regdpo           # the same on 8 ranks, the same curve
-    torchrun --nproc_per_node=8 train.py --loss regdpo --init Wan2.1-T2V-1.3B --data DIR --learning_rate 1e-6 --warmup_steps 50
+    torchrun --nproc_per_node=8 train.py --loss regdpo --init Wan2.1-T2V-1.3B --data DIR --beta 1000 --learning_rate 1e-6 --warmup_steps 50
     python train.py --export out/regdpo/step_000300 --export_format comfyui --export_dtype bfloat16 --out wan.safetensors
 """
 import argparse
@@ -56,7 +56,7 @@ def parse_args(argv):
     p.add_argument("--out", default="out/{loss}", help="the run's folder")
     p.add_argument("--seed", type=int, default=0, help="of order, sigma and noise")
     # the objective
-    p.add_argument("--beta", type=float, default=1000.0, help="multiplies a mean squared error; no extra 1/2 (Salesforce's 5000 is 2500 here)")
+    p.add_argument("--beta", type=float, default=30.0, help="multiplies a mean squared error; no extra 1/2 (Salesforce's 5000 is 2500 here). For the embedded world; the Reg-DPO paper has 1000")
     p.add_argument("--r", default="dgr", help="weight of Reg-DPO's SFT term: 'dgr', or a fixed number")
     p.add_argument("--r_scale", type=float, default=1.0, help="r = max(r_scale * dgr, r_min)")
     p.add_argument("--r_min", type=float, default=0.0)
@@ -76,7 +76,7 @@ def parse_args(argv):
     p.add_argument("--steps", type=int, default=300)
     p.add_argument("--batch_size", type=int, default=16, help="pairs a step, over all ranks and accumulation steps together")
     p.add_argument("--grad_accum", type=int, default=1)
-    p.add_argument("--learning_rate", type=float, default=5e-4, help="for the tiny model; Wan is trained at 1e-6 to 1e-5")
+    p.add_argument("--learning_rate", type=float, default=1e-4, help="for the tiny model; Wan is trained at 1e-6 to 1e-5")
     p.add_argument("--weight_decay", type=float, default=1e-3)
     p.add_argument("--warmup_steps", type=int, default=20)
     p.add_argument("--decay_steps", type=int, default=0, help="the last steps, over which the learning rate falls to 0")

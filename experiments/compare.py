@@ -3,7 +3,7 @@ SPO beside Reg-DPO and the base in the embedded world: exact marks by two sample
 
     python experiments/run.py losses --settings regdpo                     # exports in out/experiments
     python experiments/run.py spo --settings judge --seeds 0
-    python experiments/run.py spo --settings exact judged regdpo_equal regdpo_equal_r_scale_0.2
+    python experiments/run.py spo --settings exact judged regdpo_equal dpo_equal
     python experiments/compare.py                                          # -> experiments/logs/spo/marks.json, docs/spo.md, docs/spo.png
 
 Models that marks.json already holds are not sampled again. ddim, 10 steps with eta 1, is the sampler whose steps SPO trained here; euler, 20 steps, the one that train.py shows.
@@ -26,7 +26,7 @@ from train_spo import parse_args, preference_score, roll_out
 from world import SHAPE
 
 LOGS, OUT = ROOT / "experiments" / "logs" / "spo", ROOT / "out" / "experiments"
-SETTINGS = {"regdpo": OUT / "losses"} | dict.fromkeys(("regdpo_equal", "regdpo_equal_r_scale_0.2", "exact", "judged"), OUT / "spo")   # in the order of the table; a run is FOLDER/SETTING_SEED
+SETTINGS = {"regdpo": OUT / "losses"} | dict.fromkeys(("regdpo_equal", "dpo_equal", "exact", "judged"), OUT / "spo")   # in the order of the table; a run is FOLDER/SETTING_SEED
 MARKS = ("direction", "shape", "drift", "size", "background", "broken", "frechet")
 CLIPS = 256
 
@@ -61,7 +61,7 @@ def judged(model, judge, base, captions):
 def cost(setting, seed):
     """What a run took, in videos through the policy: (roll-outs or negatives, trained on), and through a judge."""
     kept = json.loads((ROOT / "experiments" / "logs" / SETTINGS[setting].name / f"{setting}_{seed}.json").read_text())
-    if setting.startswith("regdpo"):                                          # negatives of 20 steps; each step 16 winners and 16 losers
+    if "dpo" in setting:                                          # negatives of 20 steps; each step 16 winners and 16 losers
         return int(value_of(kept["flags"], "--toy_clips", 512)) * 20, int(value_of(kept["flags"], "--steps", 300)) * 32, 0
     rows = {row["step"]: row for row in kept["log"]}.values()
     trained = sum(row["pairs"] for row in rows)

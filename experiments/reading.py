@@ -19,7 +19,7 @@ LOGS, DOCS = ROOT / "experiments" / "logs" / "curves", ROOT / "docs" / "curves"
 KEPT = ("step", "loss", "loss_dpo", "loss_sft", "accuracy", "margin", "margin_abs", "saturated", "dgr", "win_gap", "lose_gap", "win_ratio", "lose_ratio", "err_win", "err_lose",
         "ref_err_win", "ref_err_lose", "grad_norm", "lr", "skipped", "by_sigma", "probe", "verdicts")
 RUNS = {
-    "healthy": ["--loss", "regdpo", "--beta", "300", "--learning_rate", "1e-4", "--steps", "150", "--batch_size", "16"],
+    "healthy": ["--loss", "regdpo", "--ref", "cached", "--beta", "30", "--learning_rate", "1e-4", "--steps", "300", "--batch_size", "16"],      # train.py's defaults
     "regdpo": ["--loss", "regdpo", "--ref", "cached", "--steps", "300", "--batch_size", "16"],
     "dpo": ["--loss", "dpo", "--ref", "cached", "--steps", "300", "--batch_size", "16"],
     "separable": ["--loss", "dpo", "--guidance", "2", "--min_timestep", "0", "--steps", "60", "--batch_size", "16"],      # losers with guidance, all sigmas
@@ -28,6 +28,7 @@ RUNS = {
     "low_beta": ["--loss", "dpo", "--beta", "3"],
     "fast": ["--loss", "regdpo", "--learning_rate", "1e-2"],
     "slow": ["--loss", "regdpo", "--learning_rate", "1e-6", "--steps", "110"],
+    "not_finite": ["--loss", "regdpo", "--learning_rate", "100"],             # ends by itself after ten such steps
     "identical": ["--loss", "regdpo", "--data", "data/identical", "--steps", "30"],
     "reference_moved": ["--loss", "dpo"],
 }
@@ -65,9 +66,9 @@ def run(name):
     if name == "identical":
         identical_pairs()
     shutil.rmtree(out, ignore_errors=True)                                    # of a run that was stopped
-    flags = ["--steps", "80", "--batch_size", "8", "--eval_clips", "0", "--save_every", "1000", *RUNS[name], "--out", str(out)]
+    flags = ["--steps", "80", "--beta", "1000", "--learning_rate", "5e-4", "--batch_size", "8", "--eval_clips", "0", "--save_every", "1000", *RUNS[name], "--out", str(out)]
     program = [str(Path(__file__)), "moving"] if name == "reference_moved" else ["train.py"]
-    subprocess.run([sys.executable, *program, *flags], cwd=ROOT, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    subprocess.run([sys.executable, *program, *flags], cwd=ROOT, check=name != "not_finite", env=os.environ | {"OMP_NUM_THREADS": "1"})
     keep(out, target)
 
 

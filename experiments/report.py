@@ -61,8 +61,6 @@ def table(runs, names=None):
 
 def grid(runs, loss):
     """drift and background after 100 steps for each beta (rows) and learning rate (columns)."""
-    if not runs:
-        return ""
     found = {tuple(map(float, re.fullmatch(rf"{loss}_beta(.+)_lr(.+)", name).groups())): of for name, of in runs.items() if name.startswith(f"{loss}_beta")}
     betas, rates = sorted({beta for beta, _ in found}), sorted({rate for _, rate in found})
     text = f"| beta, {loss} | " + " | ".join(f"lr {rate:g}" for rate in rates) + " |\n" + "| --- " * (len(rates) + 1) + "|\n"
@@ -125,13 +123,12 @@ def trade(runs, path):
 
 
 def weights(losses, sweep, path):
-    """Marks against the weight of the SFT term: fixed, and in multiples of the gradient ratio."""
-    runs = sweep | {name: losses[name] for name in ("regdpo_r500", "regdpo_r_scale_0.2") if name in losses} | {"r_scale_1": losses["regdpo"]}
-    number = lambda name: float(re.search(r"(?:_|^)r(?:_scale_)?([\d.]+)$", name).group(1))
+    """Marks against the weight of the SFT term: fixed, and in multiples of the gradient ratio, which is 15 at the start."""
+    runs = sweep | {"r_scale_0.2": losses["regdpo_r_scale_0.2"], "r_scale_1": losses["regdpo"]}
     figure, axes = plt.subplots(1, 4, figsize=(16, 3.4))
     for axis, name in zip(axes, ("drift", "background", "broken", "frechet")):
-        for label, scaled in (("r = k dgr, at 500 k", True), ("fixed r", False)):
-            points = sorted((number(setting) * (500 if scaled else 1), setting) for setting in runs if ("scale" in setting) == scaled)
+        for label, begins, factor in (("r = k dgr, at 15 k", "r_scale_", 15), ("fixed r", "r", 1)):
+            points = sorted((float(setting.removeprefix(begins)) * factor, setting) for setting in runs if re.fullmatch(begins + r"[\d.]+", setting))
             axis.plot([x for x, _ in points], [mean(mark(runs[setting], name)) for _, setting in points], "o-", label=label)
         for label, y in (("base", losses["dpo"][0]["marks"]["before"][name]), ("SFT", mean(mark(losses["sft"], name))), ("DPO", mean(mark(losses["dpo"], name)))):
             axis.axhline(y, linestyle="--", linewidth=0.8, color={"base": "k", "SFT": "C2", "DPO": "C3"}[label], label=label)
@@ -142,22 +139,26 @@ def weights(losses, sweep, path):
 
 def main():
     page = ROOT / "docs" / "RESULTS.md"
-    losses, sweep, beta, gentle, same, pairs, former = (read(name) for name in ("losses", "r", "beta", "gentle", "identity", "pairs", "former_base"))
-    tables = {"losses": table(losses), "r": table(sweep | {name: losses[name] for name in ("regdpo", "regdpo_r_scale_0.2", "regdpo_r500")}) if sweep else "",
-              "beta dpo": grid(beta, "dpo"), "beta regdpo": grid(beta, "regdpo"), "gentle": table(gentle) if gentle else "", "identity": identity(same) if same else "",
-              "pairs": table(pairs) if pairs else "", "former base": table(former) if former else ""}
+    found = {name: read(name) for name in EXPERIMENTS}
+    losses, strong, beta = found["losses"], found["beta1000"], found["beta"]
+    sweep = found["r"] | {"r = dgr / 5": losses["regdpo_r_scale_0.2"], "r = dgr": losses["regdpo"]}
+    strong_sweep = found["r1000"] | {f"r = {title}": strong[name] for title, name in (("500", "regdpo_r500"), ("dgr / 5", "regdpo_r_scale_0.2"), ("dgr", "regdpo"))}
+    pairs = {"as in the main table, seed 0": losses["regdpo"][:1]} | found["pairs"]
+    tables = {"losses": table(losses), "beta300": table(found["beta300"]), "beta1000": table(strong), "r": table(sweep), "r1000": table(strong_sweep), "beta dpo": grid(beta, "dpo"),
+              "beta regdpo": grid(beta, "regdpo"), "identity": identity(found["identity"]), "pairs": table(pairs), "former base": table(found["former_base"]),
+              "better base": table(found["better_base"])}
     text = page.read_text()
     for name, content in tables.items():
         text, found = re.subn(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", lambda match: match[1] + content + match[2], text, flags=re.S)
         if not found:
             sys.exit(f"{page} has no place for the table '{name}': <!-- table: {name} --> ... <!-- end -->")
     page.write_text(text)
-    curves(losses, ("sft", "dpo", "regdpo", "dpo_cm", "sdpo", "ipo"), ("win_gap", "lose_gap", "accuracy", "dgr"), "results_losses.png")
+    shown = ("win_gap", "lose_gap", "accuracy", "dgr")
+    curves(losses, ("sft", "dpo", "regdpo", "regdpo_r_scale_0.2", "dpo_cm", "sdpo", "ipo", "dpop"), shown, "results_losses.png")
+    curves(strong, ("sft", "dpo", "regdpo", "dpo_cm", "sdpo", "ipo"), shown, "results_beta1000.png")
+    curves(beta, [name for name in beta if name.endswith("_lr0.0001")], shown, "results_beta.png")
     trade(losses, "results_trade.png")
-    if sweep:
-        weights(losses, sweep, "results_r.png")
-    if beta:
-        curves(beta, [name for name in beta if name.endswith("_lr0.0005")], ("win_gap", "lose_gap", "accuracy", "dgr"), "results_beta.png")
+    weights(losses, found["r"], "results_r.png")
     print("docs/RESULTS.md, docs/results_*.png")
 
 

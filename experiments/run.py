@@ -20,47 +20,58 @@ ROOT = Path(__file__).resolve().parent.parent
 PREPARING = Lock()                                                            # one job makes what several need
 KEPT = ("step", "loss", "loss_dpo", "margin", "accuracy", "win_gap", "lose_gap", "dgr", "c_win", "c_lose", "err_win", "ref_err_win", "kept", "grad_norm", "saturated",
         "score", "score_end", "gap", "pairs", "policy_forwards", "score_forwards")
-SFT, DPO, REGDPO = ["--loss", "sft"], ["--loss", "dpo", "--ref", "cached"], ["--loss", "regdpo", "--ref", "cached"]
+SFT, DPO, REGDPO = (["--loss", loss, *cached] for loss, cached in (("sft", []), ("dpo", ["--ref", "cached"]), ("regdpo", ["--ref", "cached"])))
+OBJECTIVES = {"sft": SFT, "dpo": DPO, "regdpo": REGDPO, "regdpo_r_scale_0.2": [*REGDPO, "--r_scale", "0.2"]} | {
+    loss: ["--loss", loss, "--ref", "cached"] for loss in ("dpo_cm", "sdpo", "ipo", "dpop", "diffusion_sdpo", "linear_dpo")}
+EQUAL = ["--toy_clips", "128", "--steps", "150"]                              # 128 negatives of 20 steps + 150 steps of 32 videos = 7,360 policy forwards; SPO's exact: 7,362
 SPO = ["train_spo.py", "--sample_steps", "10", "--unbranched", "0", "--step_weight", "inverse", "--beta", "2000", "--eval_clips", "0"]
-EQUAL = ["--loss", "regdpo", "--toy_clips", "256", "--steps", "70"]              # 256 negatives of 20 steps + 70 steps of 32 videos = 7,360 policy forwards; SPO's exact: 7,362
 
 FORMER_BASE = "270b339"                                                       # commit of the base before this one: less trained, 0.37 broken clips at guidance 2 instead of 0.08
+BETTER_BASE = ["--loss", "sft", "--toy_clips", "20000", "--steps", "4000", "--batch_size", "32", "--learning_rate", "1e-3", "--decay_steps", "4000", "--ema_decay", "0.999",
+               "--caption_dropout", "0.1", "--flow_shift", "5", "--min_timestep", "0", "--eval_clips", "0"]     # goes on from today's
 PAIRS = {                                                                     # sets of GT-Pairs: flags of sample.py --pairs
     "two": ["--per_sample", "2"], "four": ["--per_sample", "4"], "guidance2": ["--guidance", "2"], "steps10": ["--steps", "10"], "steps50": ["--steps", "50"],
     "renoise0.9": ["--renoise", "0.9"], "renoise0.7": ["--renoise", "0.7"], "round2": ["--init", "out/experiments/losses/regdpo_0/export"]}
+ROUND_TWO = ["--init", "out/experiments/losses/regdpo_0/export"]
+
+def at(beta, learning_rate, flags):
+    return [*flags, *([] if {"sft", "ipo"} & set(flags) else ["--beta", str(beta)]), "--learning_rate", str(learning_rate)]       # these two have no beta
+
+
+def mild(*flags):
+    return at(30, 1e-4, flags)                                                # the defaults of train.py
+
+
+def strong(*flags):
+    return at(1000, 5e-4, flags)                                              # the paper's beta, and steps that are too large for it
+
 
 EXPERIMENTS = {
-    # what each objective does with the same 512 GT-Pairs, the same steps and the same flags
-    "losses": {
-        "sft": SFT, "dpo": DPO, "regdpo": REGDPO, "regdpo_r500": [*REGDPO, "--r", "500"], "regdpo_r_scale_0.2": [*REGDPO, "--r_scale", "0.2"]}
-        | {loss: ["--loss", loss, "--ref", "cached"] for loss in ("dpo_cm", "sdpo", "ipo", "dpop", "diffusion_sdpo", "linear_dpo")},
-    # the weight of Reg-DPO's SFT term: fixed, as in the paper's sweep, and in multiples of the gradient ratio
-    "r": {f"r{r}": [*REGDPO, "--r", str(r)] for r in (25, 50, 125, 300)} | {f"r_scale_{k:g}": [*REGDPO, "--r_scale", str(k)] for k in (0.5, 2, 5)},
+    # what each objective does with the same 512 GT-Pairs, the same steps and the same flags; and where beta and steps are too large for the sigmoid
+    "losses": {name: mild(*flags) for name, flags in OBJECTIVES.items()},
+    "beta300": {name: at(300, 1e-4, OBJECTIVES[name]) for name in ("dpo", "regdpo", "regdpo_r_scale_0.2")},
+    "beta1000": {name: strong(*flags) for name, flags in (OBJECTIVES | {"regdpo_r500": [*REGDPO, "--r", "500"]}).items()},
+    # the weight of Reg-DPO's SFT term: fixed, in the paper's shares of the gradient ratio at the start (beta / 2), and in multiples of the ratio
+    "r": {f"r{r:g}": mild(*REGDPO, "--r", str(r)) for r in (0.75, 1.5, 3.75, 9, 15)} | {f"r_scale_{k:g}": mild(*REGDPO, "--r_scale", str(k)) for k in (0.5, 2, 5)},
+    "r1000": {f"r{r}": strong(*REGDPO, "--r", str(r)) for r in (25, 50, 125, 300)} | {f"r_scale_{k:g}": strong(*REGDPO, "--r_scale", str(k)) for k in (0.5, 2, 5)},
     # where DPO and Reg-DPO work at all: a third of the steps
-    "beta": {f"{loss}_beta{beta}_lr{rate:g}": ["--loss", loss, "--ref", "cached", "--beta", str(beta), "--learning_rate", str(rate), "--steps", "100", "--eval_clips", "128"]
+    "beta": {f"{loss}_beta{beta}_lr{rate:g}": at(beta, rate, [*OBJECTIVES[loss], "--steps", "100", "--eval_clips", "128"])
              for loss in ("dpo", "regdpo") for beta in (3, 30, 300, 3000, 30000) for rate in (1e-4, 5e-4, 2e-3)},
-    # smaller steps and a lower beta, where margins stay small: the same number of steps
-    "gentle": {name: [*flags, "--beta", "300", "--learning_rate", "1e-4"] for name, flags in {"dpo": DPO, "regdpo": REGDPO, "regdpo_r_scale_0.2": [*REGDPO, "--r_scale", "0.2"]}.items()}
-              | {"sft": [*SFT, "--learning_rate", "1e-4"]},
-    # lower still: no margin is large, and the sigmoid is nearly a line. SFT at this learning rate is in gentle
-    "low_beta": {loss: ["--loss", loss, "--ref", "cached", "--beta", "30", "--learning_rate", "1e-4"] for loss in ("dpo", "regdpo", "dpop", "dpo_cm", "sdpo", "ipo", "diffusion_sdpo", "linear_dpo")}
-                | {"regdpo_r_scale_0.2": [*REGDPO, "--r_scale", "0.2", "--beta", "30", "--learning_rate", "1e-4"]},
     # r = dgr is DPO with the loser's gradient halved; the loss scale makes up for the factor of 2
-    "identity": {"regdpo": [*REGDPO, "--steps", "100", "--eval_clips", "0"],
-                 "lose_half": ["experiments/variants.py", "lose_half", *DPO, "--steps", "100", "--eval_clips", "0", "--loss_scale", "2e-3"],
-                 "lose_half_unscaled": ["experiments/variants.py", "lose_half", *DPO, "--steps", "100", "--eval_clips", "0"]},
+    "identity": {name: strong(*flags, "--steps", "100", "--eval_clips", "0") for name, flags in {
+        "regdpo": REGDPO, "lose_half": ["experiments/variants.py", "lose_half", *DPO, "--loss_scale", "2e-3"], "lose_half_unscaled": ["experiments/variants.py", "lose_half", *DPO]}.items()},
     # how the pairs are made; second_round goes on from Reg-DPO's seed 0 with negatives of its own, more_of_the_same with the old ones
-    "pairs": {name: [*REGDPO, "--data", f"data/pairs_{name}"] for name in PAIRS if name != "round2"}
-             | {"separate_noise": ["experiments/variants.py", "separate_noise", "--loss", "regdpo"],
-                "second_round": ["--loss", "regdpo", "--init", "out/experiments/losses/regdpo_0/export", "--data", "data/pairs_round2"],
-                "more_of_the_same": ["--loss", "regdpo", "--init", "out/experiments/losses/regdpo_0/export", "--data", "data/pairs_base"]},
-    # the same on a base that is less trained
-    "former_base": {name: [*flags, "--init", "data/former_base"] for name, flags in {"sft": SFT, "dpo": DPO, "regdpo": REGDPO, "regdpo_r500": [*REGDPO, "--r", "500"]}.items()},
-    # SPO judged by the exact metric, and by a preference model, which comes first: --settings judge --seeds 0; Reg-DPO with as many policy forwards. compare.py samples the exports
+    "pairs": {name: mild(*REGDPO, "--data", f"data/pairs_{name}") for name in PAIRS if name != "round2"}
+             | {"separate_noise": mild("experiments/variants.py", "separate_noise", "--loss", "regdpo"),
+                "second_round": mild("--loss", "regdpo", *ROUND_TWO, "--data", "data/pairs_round2"), "more_of_the_same": mild("--loss", "regdpo", *ROUND_TWO, "--data", "data/pairs_base")},
+    # the same on a base that is less trained, and on one that is trained further
+    "former_base": {name: mild(*OBJECTIVES[name], "--init", "data/former_base") for name in ("sft", "dpo", "regdpo")},
+    "better_base": {name: mild(*OBJECTIVES[name], "--init", "data/better_base") for name in ("sft", "dpo", "regdpo")},
+    # SPO judged by the exact metric, and by a preference model, which comes first: --settings judge --seeds 0; pairs with as many policy forwards. compare.py samples the exports
     "spo": {
         "judge": ["--loss", "preference", "--toy_clips", "4096", "--min_timestep", "0", "--batch_size", "32", "--steps", "600", "--decay_steps", "300", "--learning_rate", "2e-3"],
         "exact": [*SPO, "--steps", "30"], "judged": [*SPO, "--steps", "20", "--score", "out/experiments/spo/judge_0/export"],
-        "regdpo_equal": EQUAL, "regdpo_equal_r_scale_0.2": [*EQUAL, "--r_scale", "0.2"]},
+        "regdpo_equal": mild("--loss", "regdpo", *EQUAL), "dpo_equal": mild("--loss", "dpo", *EQUAL)},
 }
 
 
@@ -71,6 +82,10 @@ def prepare(flags):
         (ROOT / "data" / "former").mkdir(parents=True, exist_ok=True)
         subprocess.run(["tar", "-x", "-C", ROOT / "data" / "former"], input=archive, check=True)
         (ROOT / "data" / "former" / "toy_base").rename(ROOT / "data" / "former_base")
+    if "data/better_base" in flags and not (ROOT / "data" / "better_base").exists():
+        subprocess.run([sys.executable, "train.py", *BETTER_BASE, "--out", "out/better_base", *(["--resume", "latest"] if (ROOT / "out" / "better_base" / "latest").exists() else [])],
+                       cwd=ROOT, check=True)
+        shutil.copytree(ROOT / "out" / "better_base" / "export", ROOT / "data" / "better_base")
     for flag in flags:
         if flag.startswith("data/pairs_"):
             sys.path.insert(0, str(ROOT))

@@ -98,7 +98,7 @@ def test_the_curve_moves_and_starts_at_log_2(one_rank):
     rows = one_rank[0]
     assert rows[0]["loss_dpo"] == pytest.approx(math.log(2), rel=1e-6)
     assert rows[0]["margin_abs"] == 0 and rows[0]["accuracy"] == 0.5 and rows[0]["accuracy_strict"] == 0
-    assert rows[0]["dgr"] == 500 and rows[0]["c_win"] == 1000 and rows[0]["c_lose"] == 500          # r = dgr, beta 1000
+    assert rows[0]["dgr"] == 15 and rows[0]["c_win"] == 30 and rows[0]["c_lose"] == 15             # r = dgr, beta 30
     assert rows[-1]["margin_abs"] > 0.1
 
 
