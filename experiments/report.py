@@ -53,10 +53,12 @@ def line(title, runs):
     return f"| {title} | {len(runs)} | " + " | ".join([spread(mark(runs, name)) for name in MARKS] + gaps) + " |\n"
 
 
-def table(runs, names=None):
+def table(runs):
+    if not runs:
+        return ""
     before = next(iter(runs.values()))[0]["marks"]["before"]
     base = "| base | | " + " | ".join(f"{before[name]:.3f}" for name in MARKS) + " | 0 | 0 |\n"
-    return COLUMNS + base + "".join(line(name, runs[name]) for name in names or runs if name in runs)
+    return COLUMNS + base + "".join(line(name, of_setting) for name, of_setting in runs.items())
 
 
 def grid(runs, loss):
@@ -99,7 +101,7 @@ def curves(runs, names, shown, path):
                 if name.endswith("gap"):
                     axis.set_yscale("symlog", linthresh=0.01)
                     axis.axhline(0, color="grey", linewidth=0.6)
-    axes[0].legend(fontsize=7)
+    axes[-1].legend(*axes[0].get_legend_handles_labels(), fontsize=7, bbox_to_anchor=(1.02, 1), loc="upper left")
     save(figure, path)
 
 
@@ -149,14 +151,17 @@ def main():
               "better base": table(found["better_base"])}
     text = page.read_text()
     for name, content in tables.items():
-        text, found = re.subn(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", lambda match: match[1] + content + match[2], text, flags=re.S)
-        if not found:
+        text, places = re.subn(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", lambda match: match[1] + content + match[2], text, flags=re.S)
+        if not places:
             sys.exit(f"{page} has no place for the table '{name}': <!-- table: {name} --> ... <!-- end -->")
     page.write_text(text)
     shown = ("win_gap", "lose_gap", "accuracy", "dgr")
     curves(losses, ("sft", "dpo", "regdpo", "regdpo_r_scale_0.2", "dpo_cm", "sdpo", "ipo", "dpop"), shown, "results_losses.png")
     curves(strong, ("sft", "dpo", "regdpo", "dpo_cm", "sdpo", "ipo"), shown, "results_beta1000.png")
-    curves(beta, [name for name in beta if name.endswith("_lr0.0001")], shown, "results_beta.png")
+    for name, runs in beta.items():                                           # on one axis for all betas
+        for row in (row for run in runs for row in run["log"]):
+            row["dgr / beta"] = row["dgr"] / float(re.search("_beta(.+)_lr", name)[1])
+    curves(beta, [name for name in beta if name.endswith("_lr0.0001")], (*shown[:3], "dgr / beta"), "results_beta.png")
     trade(losses, "results_trade.png")
     weights(losses, found["r"], "results_r.png")
     print("docs/RESULTS.md, docs/results_*.png")

@@ -27,7 +27,7 @@ EQUAL = ["--toy_clips", "128", "--steps", "150"]                              # 
 SPO = ["train_spo.py", "--sample_steps", "10", "--unbranched", "0", "--step_weight", "inverse", "--beta", "2000", "--eval_clips", "0"]
 
 FORMER_BASE = "270b339"                                                       # commit of the base before this one: less trained, 0.37 broken clips at guidance 2 instead of 0.08
-BETTER_BASE = ["--loss", "sft", "--toy_clips", "20000", "--steps", "2500", "--batch_size", "32", "--learning_rate", "1e-3", "--decay_steps", "2500", "--ema_decay", "0.999",
+BETTER_BASE = ["--loss", "sft", "--toy_clips", "20000", "--steps", "1200", "--batch_size", "32", "--learning_rate", "1e-3", "--decay_steps", "1200", "--ema_decay", "0.999",
                "--caption_dropout", "0.1", "--flow_shift", "5", "--min_timestep", "0", "--eval_clips", "0"]     # goes on from today's
 PAIRS = {                                                                     # sets of GT-Pairs: flags of sample.py --pairs
     "two": ["--per_sample", "2"], "four": ["--per_sample", "4"], "guidance2": ["--guidance", "2"], "steps10": ["--steps", "10"], "steps50": ["--steps", "50"],
