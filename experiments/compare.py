@@ -1,10 +1,10 @@
 """
-SPO beside Reg-DPO and the base in the embedded world: exact marks by two samplers, the same held-out captions and noise for all, a table and a picture.
+SPO beside Reg-DPO and the base in the embedded world: exact marks by two samplers, the same held-out captions and noise for all, a table and two pictures.
 
-    python experiments/run.py losses --settings regdpo                     # exports in out/experiments
+    python experiments/run.py losses --settings dpo regdpo                 # exports in out/experiments
     python experiments/run.py spo --settings judge --seeds 0
     python experiments/run.py spo --settings exact judged regdpo_equal dpo_equal
-    python experiments/compare.py                                          # -> experiments/logs/spo/marks.json, docs/spo.md, docs/spo.png
+    python experiments/compare.py                                          # -> experiments/logs/spo/marks.json, docs/spo.md, docs/spo.png, docs/real_base_dpo_regdpo.png
 
 Models that marks.json already holds are not sampled again. ddim, 10 steps with eta 1, is the sampler whose steps SPO trained here; euler, 20 steps, the one that train.py shows.
 """
@@ -83,6 +83,13 @@ def table(marks):
     return "\n".join(lines) + "\n"
 
 
+def sheet(path, models, captions, real, sampler):
+    """Six captions: the real clip, then each model's, with the same noise. Models that are not there are left out."""
+    shown = range(6)
+    rows = [real, *(make_clips(load_wan(model).eval(), captions, shown, sampler) for model in models if model and model.exists())]
+    contact_sheet(path, [clips[i] for i in shown for clips in rows], upscale=3, group=len(rows))
+
+
 def main():
     torch.set_num_threads(1)                                                  # tiny tensors are slower with more
     captions, real = toy.make_clips(CLIPS, seed=1, held_out=True)
@@ -103,12 +110,9 @@ def main():
             print(name, marks[name], flush=True)
     (ROOT / "docs" / "spo.md").write_text(table(marks))
 
-    shown, rows = range(6), [real]
-    for name in ("base", "regdpo_0", "exact_0", "judged_0"):
-        if name in models:
-            rows.append(make_clips(load_wan(models[name]).eval(), captions, shown, "ddim"))
-    contact_sheet(ROOT / "docs" / "spo.png", [clips[i] for i in shown for clips in rows], upscale=3, group=len(rows))
-    print(table(marks) + "written to docs/spo.md and docs/spo.png")
+    sheet(ROOT / "docs" / "spo.png", [models.get(name) for name in ("base", "regdpo_0", "exact_0", "judged_0")], captions, real, "ddim")
+    sheet(ROOT / "docs" / "real_base_dpo_regdpo.png", [ROOT / "toy_base", *(OUT / "losses" / name / "export" for name in ("dpo_0", "regdpo_0"))], captions, real, "euler")
+    print(table(marks) + "written to docs/spo.md, docs/spo.png and docs/real_base_dpo_regdpo.png")
 
 
 if __name__ == "__main__":
