@@ -1,7 +1,7 @@
 """
-Every table of docs/RESULTS.md and every figure it shows, from experiments/logs.
+Every table of docs/RESULTS.md and every figure it shows, and the first table of README.md, from experiments/logs.
 
-    python experiments/report.py          # rewrites the tables in docs/RESULTS.md and docs/results_*.png   (needs matplotlib)
+    python experiments/report.py          # rewrites the tables, and docs/results_*.png   (needs matplotlib)
 
 A number is the mean over seeds, ± the farthest seed; without ± there was one seed.
 """
@@ -139,22 +139,31 @@ def weights(losses, sweep, path):
     save(figure, path)
 
 
-def main():
-    page = ROOT / "docs" / "RESULTS.md"
-    found = {name: read(name) for name in EXPERIMENTS}
-    losses, strong, beta = found["losses"], found["beta1000"], found["beta"]
-    sweep = found["r"] | {"r = dgr / 5": losses["regdpo_r_scale_0.2"], "r = dgr": losses["regdpo"]}
-    strong_sweep = found["r1000"] | {f"r = {title}": strong[name] for title, name in (("500", "regdpo_r500"), ("dgr / 5", "regdpo_r_scale_0.2"), ("dgr", "regdpo"))}
-    pairs = {"as in the main table, seed 0": losses["regdpo"][:1]} | found["pairs"]
-    tables = {"losses": table(losses), "beta300": table(found["beta300"]), "beta1000": table(strong), "r": table(sweep), "r1000": table(strong_sweep), "beta dpo": grid(beta, "dpo"),
-              "beta regdpo": grid(beta, "regdpo"), "identity": identity(found["identity"]), "pairs": table(pairs), "former base": table(found["former_base"]),
-              "better base": table(found["better_base"])}
+def write(page, tables):
+    """Puts each table between its <!-- table: NAME --> and the <!-- end --> that follows."""
     text = page.read_text()
     for name, content in tables.items():
         text, places = re.subn(rf"(<!-- table: {name} -->\n).*?(<!-- end -->)", lambda match: match[1] + content + match[2], text, flags=re.S)
         if not places:
             sys.exit(f"{page} has no place for the table '{name}': <!-- table: {name} --> ... <!-- end -->")
     page.write_text(text)
+
+
+def main():
+    found = {name: read(name) for name in EXPERIMENTS}
+    losses, strong, beta = found["losses"], found["beta1000"], found["beta"]
+    sweep = found["r"] | {"r = dgr / 5": losses["regdpo_r_scale_0.2"], "r = dgr": losses["regdpo"]}
+    strong_sweep = found["r1000"] | {f"r = {title}": strong[name] for title, name in (("500", "regdpo_r500"), ("dgr / 5", "regdpo_r_scale_0.2"), ("dgr", "regdpo"))}
+    pairs = {"as in the main table, seed 0": losses["regdpo"][:1]} | found["pairs"]
+    first = {title: losses[name] for title, name in (("SFT", "sft"), ("DPO", "dpo"), ("Reg-DPO, r = dgr (the default)", "regdpo"), ("Reg-DPO, r = dgr / 5", "regdpo_r_scale_0.2"))}
+    first |= {"Reg-DPO, r = 3.75": found["r"]["r3.75"]} | {title: losses[name] for title, name in (
+        ("Diffusion-SDPO", "diffusion_sdpo"), ("DPO-C&M", "dpo_cm"), ("SDPO", "sdpo"), ("DPOP", "dpop"), ("IPO", "ipo"))}
+    first |= {"DPO, beta 1000, learning rate 5e-4": strong["dpo"], "Reg-DPO, beta 1000, learning rate 5e-4": strong["regdpo"]}
+    write(ROOT / "README.md", {"objectives": table(first)})
+    write(ROOT / "docs" / "RESULTS.md", {
+        "losses": table(losses), "beta300": table(found["beta300"]), "beta1000": table(strong), "r": table(sweep), "r1000": table(strong_sweep), "beta dpo": grid(beta, "dpo"),
+        "beta regdpo": grid(beta, "regdpo"), "identity": identity(found["identity"]), "pairs": table(pairs), "former base": table(found["former_base"]),
+        "better base": table(found["better_base"])})
     shown = ("win_gap", "lose_gap", "accuracy", "dgr")
     curves(losses, ("sft", "dpo", "regdpo", "regdpo_r_scale_0.2", "dpo_cm", "sdpo", "ipo", "dpop"), shown, "results_losses.png")
     curves(strong, ("sft", "dpo", "regdpo", "dpo_cm", "sdpo", "ipo"), shown, "results_beta1000.png")
@@ -164,7 +173,7 @@ def main():
     curves(beta, [name for name in beta if name.endswith("_lr0.0001")], (*shown[:3], "dgr / beta"), "results_beta.png")
     trade(losses, "results_trade.png")
     weights(losses, found["r"], "results_r.png")
-    print("docs/RESULTS.md, docs/results_*.png")
+    print("tables in README.md and docs/RESULTS.md, docs/results_*.png")
 
 
 if __name__ == "__main__":
