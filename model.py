@@ -150,9 +150,10 @@ class AddNorm(nn.LayerNorm):
 
 
 class RMSNorm(nn.RMSNorm):
-    """Over the whole width (in float32, also on bf16, by rms_norm itself), then split into heads (B, L, N, K)."""
-    def forward(self, x, weight, num_heads):
-        return F.rms_norm(x, x.shape[-1:], weight, self.eps).unflatten(-1, (num_heads, -1))
+    """Over the whole width (in float32, also on bf16, by rms_norm itself), then split into heads (B, L, N, K) and, given tables, rotated."""
+    def forward(self, x, weight, num_heads, *tables):
+        x = F.rms_norm(x, x.shape[-1:], weight, self.eps).unflatten(-1, (num_heads, -1))
+        return rotate(x, *tables) if tables else x
 
 
 def timestep_embedding(timestep, dim):
@@ -181,20 +182,6 @@ def rotate(x, cos, sin):
     """Rotate the interleaved pairs (a, b) of x (B, L, N, K) by the angles of rope_table, in float32: (a cos - b sin, b cos + a sin)."""
     swapped = x.unflatten(-1, (-1, 2)).roll(1, dims=-1).flatten(-2)      # (b, a)
     return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
-
-
-class Rotate(torch.autograd.Function):
-    """rotate(), whose gradient is rotated back: nothing of x is kept or made again."""
-    @staticmethod
-    def forward(ctx, x, cos, sin):
-        ctx.save_for_backward(cos, sin)
-        return rotate(x, cos, sin)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        cos, sin = ctx.saved_tensors
-        return rotate(grad, cos, -sin), None, None
 
 
 def attention(q, k, v):
@@ -231,8 +218,7 @@ class Block(nn.Module):
 
     def heads(self, norm, x, *tables):
         """x (B, L, D) -> normed and, given tables, rotated (B, L, N, K)."""
-        x = recompute(lambda x, weight: norm(x, weight, self.num_heads), (x, norm.weight))
-        return Rotate.apply(x, *tables) if tables else x
+        return recompute(lambda x, weight, *tables: norm(x, weight, self.num_heads, *tables), (x, norm.weight, *tables))
 
     def before_attention(self, x, time_index, cos, sin, modulation):
         """Token by token: the stream x (B,L,D), cos and sin (1,L,1,K), modulation (U,6,D) -> q, k, v of self-attention (B,L,N,K)."""
