@@ -6,6 +6,7 @@ A run's folder, so that nothing is lost: its log, its checkpoints, stopping and 
 Every file and folder has its name only when it is whole; what is unfinished starts with a dot. Nothing is unpickled but plain tensors, numbers and the
 handful of classes that the index of a checkpoint is made of.
 """
+import fcntl
 import json
 import math
 import os
@@ -14,6 +15,7 @@ import shutil
 import signal
 import time
 import warnings
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -332,11 +334,18 @@ def score_reference(path, key, errors, steps, batch_size, score, positions, rank
     Score what is missing of the positions of these steps and fill it into errors (of open_errors), on every rank alike.
 
     score(range of positions) -> (2, B). positions(step) -> the ranges of this rank, as in training, so that an error is what it would be there to the last
-    bit. The file at path is written whole every so many seconds and at the end: a run that is killed goes on from there.
+    bit. The file at path is written whole every so many seconds and at the end: a run that is killed goes on from there, and of two at once neither undoes
+    what the other has scored.
     """
     def write():
         if ranks.rank == 0:
-            write_whole(path, save({"errors": errors}, metadata={"key": json.dumps(key)}))
+            folder = os.open(Path(path).parent, os.O_RDONLY)
+            with suppress(OSError):                        # of a file system without locks
+                fcntl.flock(folder, fcntl.LOCK_EX)         # until it is closed, also by a kill
+            known = open_errors(path, key, len(errors))
+            known[:len(errors)] = torch.where(errors.isnan(), known[:len(errors)], errors)
+            write_whole(path, save({"errors": known}, metadata={"key": json.dumps(key)}))
+            os.close(folder)
         return time.monotonic()
 
     dist.barrier()                                         # everyone has read the file

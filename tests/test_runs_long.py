@@ -27,18 +27,28 @@ pytestmark = pytest.mark.slow
 # ------------------------------------------------------------------------------------------------------------------
 # what is made once: killed, and by two processes at the same time
 
-def negatives(base, data, change=0):                                          # noqa: F811
+def meet(folder, party):
+    """Goes on when this many processes are here."""
+    folder.mkdir(exist_ok=True)
+    (folder / str(os.getpid())).touch()
+    while len(list(folder.iterdir())) < party:
+        time.sleep(0.001)
+
+
+def negatives(base, data, change=0, party=1):                                 # noqa: F811
     """What sample.py --pairs does, one sample at a time; killed before a change of the folder."""
     torch.set_num_threads(1)
     model = load_wan(base).eval()
+    meet(data / "here", party)
     die_at(data / "negatives", change)
     make_negatives(model, "m", data, steps=2, batch_size=1)
 
 
-def cache(path, change=0):
+def cache(path, change=0, party=1):
     """The errors of a reference that is the position itself, 4 a step for 10 steps, written after each; killed before a change of the folder."""
     ranks, key = start_ranks(), {"seed": 0}
     errors = open_errors(path, key, 40)
+    meet(path.parent / "here", party)
     die_at(path.parent, change)
     score = lambda mine: torch.tensor(list(mine)) + torch.tensor([[0.0], [0.5]])
     score_reference(path, key, errors, range(10), 4, score, lambda step: [range(4 * step, 4 * step + 4)], ranks, every=0.0)
@@ -75,13 +85,8 @@ def test_negatives_killed_at_random_moments_or_made_by_two_at_once_are_those_of_
         assert now.items() <= expected.items()
         seen.append(len(now))
     assert len(seen) >= 3 and max(seen) > 1 and contents(data["killed"] / "negatives") == expected, seen
-    both = [start(1, negatives, base, data["two"], change)[0] for change in (0, 20)]                   # one of them is killed on the way
-    assert one_came_through(both) and contents(data["two"] / "negatives") == expected
-
-
-def one_came_through(both):
-    first, killed = finish(both)
-    return first == 0 and killed in (-signal.SIGKILL, 0)                       # 0: the first was through before the second had as much to do
+    both = [start(1, negatives, base, data["two"], change, 2)[0] for change in (0, 12)]                # one of them is killed on the way
+    assert finish(both) == [0, -signal.SIGKILL] and contents(data["two"] / "negatives") == expected
 
 
 def test_a_reference_cache_killed_at_random_moments_or_written_by_two_at_once_is_that_of_an_undisturbed_run(tmp_path):
@@ -96,8 +101,8 @@ def test_a_reference_cache_killed_at_random_moments_or_written_by_two_at_once_is
         known.append(int(there.sum()))
     assert known == sorted(known) and len(set(known)) > 3 and torch.equal(open_errors(path, {"seed": 0}, 40), expected), known
     path = tmp_path / "two" / "ref_errors.safetensors"
-    both = [start(1, cache, path, change)[0] for change in (0, 15)]
-    assert one_came_through(both) and torch.equal(open_errors(path, {"seed": 0}, 40), expected)
+    both = [start(1, cache, path, change, 2)[0] for change in (0, 15)]
+    assert finish(both) == [0, -signal.SIGKILL] and torch.equal(open_errors(path, {"seed": 0}, 40), expected)
     with pytest.raises(ValueError, match="were scored with seed = 0, this run has seed = 1"):
         open_errors(path, {"seed": 1}, 40)
 
