@@ -377,7 +377,7 @@ def spo_loss(logp_win, logp_lose, ref_logp_win, ref_logp_lose, beta, clip):
     margin = beta * (log_ratio_win - log_ratio_lose)
     losses = -F.logsigmoid(logit)
     clipped = ((inside_win != log_ratio_win).to(margin.dtype) + (inside_lose != log_ratio_lose).to(margin.dtype)) / 2
-    metrics = {"loss_dpo": -F.logsigmoid(margin), "logit": logit, "margin": margin, "accuracy": (1 + margin.sign()) / 2, "ratio_win": inside_win.exp(),
+    metrics = {"loss_dpo": losses, "logit": logit, "margin": margin, "accuracy": (1 + margin.sign()) / 2, "ratio_win": inside_win.exp(),
                "ratio_lose": inside_lose.exp(), "clipped": clipped, "reward_win": beta * log_ratio_win, "reward_lose": beta * log_ratio_lose}
     return losses, {name: value.detach() for name, value in metrics.items()}
 

@@ -29,6 +29,7 @@ LOGS, OUT = ROOT / "experiments" / "logs" / "spo", ROOT / "out" / "experiments"
 SETTINGS = {"regdpo": OUT / "losses"} | dict.fromkeys(("regdpo_equal", "dpo_equal", "exact", "judged"), OUT / "spo")   # in the order of the table; a run is FOLDER/SETTING_SEED
 MARKS = ("direction", "shape", "drift", "size", "background", "broken", "frechet")
 CLIPS = 256
+DDIM = parse_args(["--eta", "1", "--sample_steps", "10"])
 
 
 @torch.no_grad()
@@ -38,8 +39,7 @@ def make_clips(model, captions, part, sampler):
     if sampler == "euler":
         latents = generate(model, texts, [seed_of("held out", i) for i in part], SHAPE, 20, 3.0, 1.0)
     else:
-        args = parse_args(["--eta", "1", "--sample_steps", "10"])
-        latents, _, _ = roll_out(args, model, None, collate([{"context": text, "name": ""} for text in texts]), part, "held out", SHAPE, args.sample_steps)
+        latents, _, _ = roll_out(DDIM, model, None, collate([{"context": text, "name": ""} for text in texts]), part, "held out", SHAPE, DDIM.sample_steps)
     return toy.decode_pixels(latents).clamp(-1, 1)
 
 
@@ -52,16 +52,15 @@ def mark(model, captions, yardstick):
 @torch.no_grad()
 def judged(model, judge, base, captions):
     """What a preference model says of a policy, as in training: its mean score of the last pools, at sigma 0.25, of roll-outs of these captions."""
-    args = parse_args(["--eta", "1", "--sample_steps", "10"])
     batch = collate([{"context": toy.encode_text(caption), "name": caption} for caption in captions]) | {"positions": list(range(len(captions)))}
-    _, transitions, _ = roll_out(args, model, preference_score(judge, base, 1.0, "held out"), batch, batch["positions"], "held out", SHAPE, args.sample_steps - 2)
+    _, transitions, _ = roll_out(DDIM, model, preference_score(judge, base, 1.0, "held out"), batch, batch["positions"], "held out", SHAPE, DDIM.sample_steps - 2)
     return transitions[-1]["scores"].mean().item()
 
 
 def cost(setting, seed):
     """What a run took, in videos through the policy: (roll-outs or negatives, trained on), and through a judge."""
     kept = json.loads((ROOT / "experiments" / "logs" / SETTINGS[setting].name / f"{setting}_{seed}.json").read_text())
-    if "dpo" in setting:                                          # negatives of 20 steps; each step 16 winners and 16 losers
+    if "dpo" in setting:                                                      # negatives of 20 steps; each step 16 winners and 16 losers
         return int(value_of(kept["flags"], "--toy_clips", 512)) * 20, int(value_of(kept["flags"], "--steps", 300)) * 32, 0
     rows = {row["step"]: row for row in kept["log"]}.values()
     trained = sum(row["pairs"] for row in rows)

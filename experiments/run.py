@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PREPARING = Lock()                                                            # one job makes what several need
 KEPT = ("step", "loss", "loss_dpo", "margin", "accuracy", "win_gap", "lose_gap", "dgr", "c_win", "c_lose", "err_win", "ref_err_win", "kept", "grad_norm", "saturated",
         "score", "score_end", "gap", "pairs", "policy_forwards", "score_forwards")
-SFT, DPO, REGDPO = (["--loss", loss, *cached] for loss, cached in (("sft", []), ("dpo", ["--ref", "cached"]), ("regdpo", ["--ref", "cached"])))
+SFT, DPO, REGDPO = ["--loss", "sft"], ["--loss", "dpo", "--ref", "cached"], ["--loss", "regdpo", "--ref", "cached"]
 OBJECTIVES = {"sft": SFT, "dpo": DPO, "regdpo": REGDPO, "regdpo_r_scale_0.2": [*REGDPO, "--r_scale", "0.2"]} | {
     loss: ["--loss", loss, "--ref", "cached"] for loss in ("dpo_cm", "sdpo", "ipo", "dpop", "diffusion_sdpo", "linear_dpo")}
 EQUAL = ["--toy_clips", "128", "--steps", "150"]                              # 128 negatives of 20 steps + 150 steps of 32 videos = 7,360 policy forwards; SPO's exact: 7,362
@@ -29,10 +29,11 @@ SPO = ["train_spo.py", "--sample_steps", "10", "--unbranched", "0", "--step_weig
 FORMER_BASE = "270b339"                                                       # commit of the base before this one: less trained, 0.37 broken clips at guidance 2 instead of 0.08
 BETTER_BASE = ["--loss", "sft", "--toy_clips", "20000", "--steps", "1200", "--batch_size", "32", "--learning_rate", "1e-3", "--decay_steps", "1200", "--ema_decay", "0.999",
                "--caption_dropout", "0.1", "--flow_shift", "5", "--min_timestep", "0", "--eval_clips", "0"]     # goes on from today's
+ROUND_TWO = ["--init", "out/experiments/losses/regdpo_0/export"]
 PAIRS = {                                                                     # sets of GT-Pairs: flags of sample.py --pairs
     "two": ["--per_sample", "2"], "four": ["--per_sample", "4"], "guidance2": ["--guidance", "2"], "steps10": ["--steps", "10"], "steps50": ["--steps", "50"],
-    "renoise0.9": ["--renoise", "0.9"], "renoise0.7": ["--renoise", "0.7"], "round2": ["--init", "out/experiments/losses/regdpo_0/export"]}
-ROUND_TWO = ["--init", "out/experiments/losses/regdpo_0/export"]
+    "renoise0.9": ["--renoise", "0.9"], "renoise0.7": ["--renoise", "0.7"], "round2": ROUND_TWO}
+
 
 def at(beta, learning_rate, flags):
     return [*flags, *([] if {"sft", "ipo"} & set(flags) else ["--beta", str(beta)]), "--learning_rate", str(learning_rate)]       # these two have no beta
