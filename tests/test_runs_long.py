@@ -44,14 +44,14 @@ def negatives(base, data, change=0, party=1):                                 # 
     make_negatives(model, "m", data, steps=2, batch_size=1)
 
 
-def cache(path, change=0, party=1):
-    """The errors of a reference that is the position itself, 4 a step for 10 steps, written after each; killed before a change of the folder."""
+def cache(path, change=0, party=1, steps=range(10)):
+    """The errors of a reference that is the position itself, 4 a step for 10 steps or some of them, written after each; killed before a change of the folder."""
     ranks, key = start_ranks(), {"seed": 0}
     errors = open_errors(path, key, 40)
     meet(path.parent / "here", party)
     die_at(path.parent, change)
     score = lambda mine: torch.tensor(list(mine)) + torch.tensor([[0.0], [0.5]])
-    score_reference(path, key, errors, range(10), 4, score, lambda step: [range(4 * step, 4 * step + 4)], ranks, every=0.0)
+    score_reference(path, key, errors, steps, 4, score, lambda step: [range(4 * step, 4 * step + 4)], ranks, every=0.0)
 
 
 def kill_until_done(numbers, most, function, *arguments):
@@ -91,7 +91,7 @@ def test_negatives_killed_at_random_moments_or_made_by_two_at_once_are_those_of_
 
 def test_a_reference_cache_killed_at_random_moments_or_written_by_two_at_once_is_that_of_an_undisturbed_run(tmp_path):
     expected = torch.arange(40.0)[:, None] + torch.tensor([0.0, 0.5])
-    for name in ("killed", "two"):
+    for name in ("killed", "two", "halves"):
         (tmp_path / name).mkdir()
     path, known = tmp_path / "killed" / "ref_errors.safetensors", [0]
     for _ in kill_until_done(torch.Generator().manual_seed(0), 14, cache, path):
@@ -103,6 +103,9 @@ def test_a_reference_cache_killed_at_random_moments_or_written_by_two_at_once_is
     path = tmp_path / "two" / "ref_errors.safetensors"
     both = [start(1, cache, path, change, 2)[0] for change in (0, 15)]
     assert finish(both) == [0, -signal.SIGKILL] and torch.equal(open_errors(path, {"seed": 0}, 40), expected)
+    path = tmp_path / "halves" / "ref_errors.safetensors"
+    both = [start(1, cache, path, 0, 2, steps)[0] for steps in (range(5), range(5, 10))]               # neither knows what the other scores
+    assert finish(both) == [0, 0] and torch.equal(open_errors(path, {"seed": 0}, 40), expected)
     with pytest.raises(ValueError, match="were scored with seed = 0, this run has seed = 1"):
         open_errors(path, {"seed": 1}, 40)
 
