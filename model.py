@@ -72,6 +72,18 @@ CONFIGS = {
 # ---------------------------------------------------------------------------------------------------------------------------------
 # the parts
 
+CPUINFO = Path("/proc/cpuinfo")
+ONEDNN = CPUINFO.exists() and "AuthenticAMD" in CPUINFO.read_text() and torch.backends.mkldnn.is_available()   # MKL, PyTorch's default, leaves AVX-512 unused there
+
+
+def product(x, weight, bias=None, add_to=None):
+    """x @ weight.T, plus bias, or added to add_to (then both are 2-d). oneDNN's has no gradient: for use inside of Recompute only."""
+    if ONEDNN and x.device.type == "cpu" and x.dtype == torch.float32:
+        out = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return out if add_to is None else add_to.add_(out)
+    return F.linear(x, weight, bias) if add_to is None else add_to.addmm_(x, weight.t())
+
+
 class Recompute(torch.autograd.Function):
     """See recompute(). Backward keeps the inputs of f and the weights of the layers, and makes again what f made."""
     @staticmethod
@@ -81,7 +93,7 @@ class Recompute(torch.autograd.Function):
         outs = f(*(x.detach() for x in tensors[:count]))                 # detached, so that torch.compile sees one case for policy and reference
         *others, h = outs if isinstance(outs, tuple) else (outs,)
         layers = zip(tensors[count::2], tensors[count + 1::2])
-        return *others, *([F.linear(h, weight.to(h.dtype), bias.to(h.dtype)) for weight, bias in layers] or [h])
+        return *others, *([product(h, weight.to(h.dtype), bias.to(h.dtype)) for weight, bias in layers] or [h])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -93,12 +105,12 @@ class Recompute(torch.autograd.Function):
         *others, h = outs if isinstance(outs, tuple) else (outs,)
         of_layers, shape, dtype = [grad.flatten(0, -2) for grad in grads[len(others):]], h.shape, h.dtype
         for grad, needed in zip(of_layers, ctx.needs_input_grad[2 + ctx.count::2]):
-            layer_grads += [grad.t() @ h.detach().flatten(0, -2) if needed else None, grad.sum(0)]
+            layer_grads += [product(grad.t(), h.detach().flatten(0, -2).t()) if needed else None, grad.sum(0)]
         edges = [torch.autograd.graph.get_gradient_edge(out) if out.requires_grad else None for out in (*others, h)]
         del outs, others, h                                              # before the gradient of h, which is as large, is there
         h_grad = None
         for grad, weight in zip(of_layers, tensors[ctx.count::2]):
-            h_grad = grad @ weight.to(dtype) if h_grad is None else h_grad.addmm_(grad, weight.to(dtype))
+            h_grad = product(grad, weight.to(dtype).t(), add_to=h_grad)
         grads = grads if h_grad is None else (*grads[:len(edges) - 1], h_grad.view(shape))
         edges, grads = zip(*[(edge, grad) for edge, grad in zip(edges, grads) if edge]) if any(edges) else ((), ())
         del h_grad
@@ -113,6 +125,16 @@ def recompute(f, inputs, *layers):
     """
     outs = Recompute.apply(f, len(inputs), *inputs, *(tensor for layer in layers for tensor in (layer.weight, layer.bias)))
     return outs if len(outs) > 1 else outs[0]
+
+
+def linear(x, weight, bias):
+    """F.linear by product()."""
+    return Recompute.apply(lambda x: x, 1, x, weight, bias)[0]
+
+
+class Linear(nn.Linear):
+    def forward(self, x):
+        return linear(x, self.weight, self.bias)
 
 
 class Linear32(nn.Linear):
@@ -195,10 +217,10 @@ class Attention(nn.Module):
     def __init__(self, config, image=False):
         super().__init__()
         dim = config.dim
-        self.q, self.k, self.v, self.o = nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim), nn.Linear(dim, dim)
+        self.q, self.k, self.v, self.o = Linear(dim, dim), Linear(dim, dim), Linear(dim, dim), Linear(dim, dim)
         self.norm_q, self.norm_k = RMSNorm(dim, eps=config.eps), RMSNorm(dim, eps=config.eps)
         if image:
-            self.k_img, self.v_img, self.norm_k_img = nn.Linear(dim, dim), nn.Linear(dim, dim), RMSNorm(dim, eps=config.eps)
+            self.k_img, self.v_img, self.norm_k_img = Linear(dim, dim), Linear(dim, dim), RMSNorm(dim, eps=config.eps)
         self.num_heads, self.attend = config.num_heads, attention        # q, k, v (B,L,N,K) -> (B,L,D); context parallelism puts its exchange around attend
 
 
@@ -213,7 +235,7 @@ class Block(nn.Module):
         self.norm3 = AddNorm(dim, eps=config.eps)
         self.cross_attn = Attention(config, self.has_image)
         self.norm2, self.add2 = ModulatedNorm(dim, config.eps, elementwise_affine=False), GatedAdd()
-        self.ffn = nn.Sequential(nn.Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, dim))
+        self.ffn = nn.Sequential(Linear(dim, config.ffn_dim), nn.GELU(approximate="tanh"), Linear(config.ffn_dim, dim))
         self.modulation = nn.Parameter(torch.randn(1, 6, dim) / math.sqrt(dim))
 
     def heads(self, norm, x, *tables):
@@ -247,7 +269,7 @@ class Block(nn.Module):
         if self.keep_hidden:
             update = recompute(ffn[1], (recompute(norm, (x, modulation), ffn[0]),), ffn[2])
         else:
-            activated = lambda x, m, weight, bias: ffn[1](F.linear(norm(x, m), weight, bias))
+            activated = lambda x, m, weight, bias: ffn[1](linear(norm(x, m), weight, bias))
             update = recompute(activated, (x, modulation, ffn[0].weight, ffn[0].bias), ffn[2])
         return recompute(lambda x, update, m: self.add2(x, time_index, m[:, 5], update), (x, update, modulation))
 

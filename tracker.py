@@ -159,7 +159,7 @@ def simulate(flags, config, shape, world, fake=True):
         return kept
 
     with contextlib.ExitStack() as stack:
-        for change in (patch.dict(os.environ, WORLD_SIZE=str(world), LOCAL_RANK="0"), patch("torch.cuda.is_available", lambda: False),
+        for change in (patch.dict(os.environ, WORLD_SIZE=str(world), LOCAL_RANK="0"), patch("torch.cuda.is_available", lambda: False), patch("model.ONEDNN", False),
                        patch.object(nn.Module, "to", lambda self, *_: self),                   # fake parameters cannot be swapped, and are where they belong
                        patch.object(WanModel, "init_weights", lambda self: None), patch.object(nn.Linear, "reset_parameters", lambda self: None),
                        patch.object(fsdp_utils, "matrix_dtype", lambda _: torch.bfloat16), patch.object(fsdp_utils.Offload, "pack", pack_on_host)):

@@ -187,6 +187,7 @@ def test_with_bf16_weights_matrices_are_bf16_and_time_residual_and_head_are_floa
         module.register_forward_hook(lambda module, args, out, name=name: dtypes.update({name: (args[0].dtype, out.dtype)}) if args and torch.is_tensor(out) else None)
     originals = {name: getattr(torch.nn.functional, name) for name in ("linear", "scaled_dot_product_attention")}
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model_file, "ONEDNN", False)
         patch.setattr(torch.nn.functional, "linear", lambda x, *args: linears.append((x.dtype, x.shape[-1], len(args[0]))) or originals["linear"](x, *args))
         patch.setattr(torch.nn.functional, "scaled_dot_product_attention",
                       lambda *args: attended.append({arg.dtype for arg in args}) or originals["scaled_dot_product_attention"](*args))
@@ -218,6 +219,29 @@ def test_a_float64_model_stays_in_float64():
     double = velocity_and_gradients(model.double(), {name: value.double() for name, value in inputs.items()}, grad.double())
     for key in double:
         assert double[key].dtype == torch.float64 and relative_error(single[key], double[key]) < 3e-6, key
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch is built without oneDNN")
+@pytest.mark.parametrize("onednn", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_products_by_onednn_and_by_the_default_are_the_same_matrices(monkeypatch, onednn, bias):
+    monkeypatch.setattr(model_file, "ONEDNN", onednn)
+    x, weight, bias, add_to = torch.randn(2, 6, 48), torch.randn(40, 48), torch.randn(40) if bias else None, torch.randn(12, 40)
+    exact = x.double() @ weight.double().t() + (0 if bias is None else bias.double())
+    assert relative_error(model_file.product(x, weight, bias), exact) < 1e-6
+    for a, b in ((x.flatten(0, 1), weight), (x.flatten(0, 1).t().contiguous().t(), weight.t().contiguous().t())):       # as they lie, and transposed, as in backward
+        assert relative_error(model_file.product(a, b, add_to=add_to.clone()), add_to.double() + a.double() @ b.double().t()) < 1e-6
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this PyTorch is built without oneDNN")
+def test_a_model_by_onednn_is_the_same_model(monkeypatch):
+    model, inputs, grad = make_case("i2v-clip")
+    found = []
+    for onednn in (False, True):
+        monkeypatch.setattr(model_file, "ONEDNN", onednn)
+        found.append(velocity_and_gradients(model, inputs, grad))
+    for key in found[0]:
+        assert relative_error(found[1][key], found[0][key]) < 3e-6, key
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
