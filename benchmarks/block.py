@@ -28,10 +28,12 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import model as model_file
 from fsdp_utils import checkpoint_blocks, chunk_blocks, compile_blocks
 from model import CONFIGS, ORIGINAL_NAMES, WanConfig, WanModel, public_config, rename
 from tracker import kept_for_backward
 
+ONEDNN = model_file.ONEDNN
 T2V = dict(in_dim=16, out_dim=16)
 SIZES = {                             # config, latents (frames, height, width)
     "1.3b": (CONFIGS["wan2.1-t2v-1.3b"], (21, 60, 104)),                 # 81 frames at 480 x 832: 32,760 tokens
@@ -46,11 +48,20 @@ MODES = {"off": lambda model: None, "selective": lambda model: checkpoint_blocks
 # ---------------------------------------------------------------------------------------------------------------------------------
 # the three models: build(config, mode) -> module, forward(x, timestep, context)
 
-def ours(config, mode):
+def ours(config, mode, onednn=ONEDNN):
     model = WanModel(config)
     torch.nn.init.normal_(model.head.head.weight, std=0.02)              # not zero, as at the start of training from scratch: zeros are computed faster
     MODES[mode](model)
-    return model, model
+
+    def forward(*inputs):
+        model_file.ONEDNN = onednn                                       # of the backward too, which comes next
+        return model(*inputs)
+    return model, forward
+
+
+def by_mkl(config, mode):
+    """With the kernels that PyTorch takes by default, as the other two."""
+    return ours(config, mode, onednn=False)
 
 
 def compiled(config, mode):
@@ -161,7 +172,7 @@ def on_cpu(rounds):
     for size, variants in {
             "mini": {f"{name}, {mode}": (build, mode) for mode in ("off", "full") for name, build in ALL.items()},
             "like 1.3b": {f"{name}, off": (build, "off") for name, build in ALL.items()} | {"ours, selective": (ours, "selective")}}.items():
-        variants |= {"ours, off, compiled": (compiled, "off")}
+        variants |= {"ours, off, compiled": (compiled, "off")} | ({"ours, off, MKL as the others": (by_mkl, "off")} if ONEDNN else {})
         config, (f, h, w) = SIZES[size]
         seconds, losses = process_times(size, variants, rounds)
         print(f"\nProcess time of forward and backward, float32, one thread, the same weights: {size} (width {config.dim}, FFN {config.ffn_dim}, {config.num_layers} layers, "
