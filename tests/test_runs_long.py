@@ -1,4 +1,5 @@
 """Nothing lost, the long way: negatives and the reference cache under kills and two processes at once, thousands of steps, millions of entries."""
+import ctypes
 import dataclasses
 import gc
 import json
@@ -121,6 +122,7 @@ def health(flags, looks):
         append(path, row)
         if row["step"] in looks:
             gc.collect()
+            ctypes.CDLL(None).malloc_trim(0)                                  # what glibc has back but has not returned is not held: with it, noise of 1 %
             objects = gc.get_objects()
             status = Path("/proc/self/status").read_text()
             for name, value in (("MiB", int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024), ("objects", len(objects)),
@@ -139,8 +141,9 @@ def test_two_thousand_steps_hold_no_more_memory_files_or_log_a_row_than_five_hun
     torch.nn.init.normal_(model.head.head.weight, std=0.05)
     save_wan(model, tmp_path / "base")
     flags = argv(world, tmp_path / "base", tmp_path / "out", "--steps 2000 --save_every 249 --keep 2 --batch_size 2 --learning_rate 1e-6 --hold_back 2 --probe_every 250")
-    assert finish(start(1, health, flags, list(range(499, 2000, 500))), 540) == [0]
+    assert finish(start(1, health, flags, [step for last in range(499, 2000, 500) for step in range(last - 9, last + 1)]), 540) == [0]
     found = json.loads((tmp_path / "out" / "found.json").read_text())
+    found = {name: [min(numbers[i:i + 10]) for i in range(0, 40, 10)] for name, numbers in found.items()}        # memory wavers by 1 % from step to step; what grows, the least of ten shows
     for name in ("MiB", "objects"):                                            # measured +0.4 %; FSDP keeps 44 bytes a group for every forward of the reference
         assert max(found[name]) <= 1.01 * found[name][0], (name, found[name])
     for name in ("tensors", "files", "threads"):
