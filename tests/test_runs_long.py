@@ -143,8 +143,9 @@ def test_two_thousand_steps_hold_no_more_memory_files_or_log_a_row_than_five_hun
     flags = argv(world, tmp_path / "base", tmp_path / "out", "--steps 2000 --save_every 249 --keep 2 --batch_size 2 --learning_rate 1e-6 --hold_back 2 --probe_every 250")
     assert finish(start(1, health, flags, [step for last in range(499, 2000, 500) for step in range(last - 9, last + 1)]), 540) == [0]
     found = json.loads((tmp_path / "out" / "found.json").read_text())
-    found = {name: [min(numbers[i:i + 10]) for i in range(0, 40, 10)] for name, numbers in found.items()}        # memory wavers by 1 % from step to step; what grows, the least of ten shows
-    for name in ("MiB", "objects"):                                            # measured +0.4 %; FSDP keeps 44 bytes a group for every forward of the reference
+    memory = found.pop("MiB")                                                  # wavers by 1 % from step to step; what grows, the least of ten shows
+    found = {name: numbers[9::10] for name, numbers in found.items()} | {"MiB": [min(memory[i:i + 10]) for i in range(0, 40, 10)]}
+    for name in ("MiB", "objects"):                                            # measured +0.6 %; FSDP keeps 44 bytes a group for every forward of the reference
         assert max(found[name]) <= 1.01 * found[name][0], (name, found[name])
     for name in ("tensors", "files", "threads"):
         assert max(found[name]) <= found[name][0], (name, found[name])
