@@ -111,7 +111,7 @@ def separable(rows):
         moved = max(abs(mean(seen, "win_gap")), abs(mean(seen, "lose_gap"))) / max(1e-12, mean(seen, "err_win") - mean(seen, "win_gap"))
         if len(seen) > 9 and rows[-1]["step"] <= 2 * WINDOW and mean(seen, "accuracy") > 0.93 and moved < 0.2 and not by_heart(rows):
             return (f"accuracy{where} is {mean(seen, 'accuracy'):.2f} although errors have hardly moved there ({moved:.0%}): something trivial, such as grain, tells wins from losers. "
-                    "See python probe.py DATA; raise --min_timestep, or make negatives without guidance and with the same encoder")
+                    "See python evaluate.py DATA; raise --min_timestep, or make negatives without guidance and with the same encoder")
     return ""
 
 

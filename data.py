@@ -19,16 +19,12 @@ import hashlib
 import json
 import math
 import os
-import struct
 import uuid
-import zlib
 from functools import lru_cache
 from pathlib import Path
 from statistics import NormalDist
 
-import numpy as np
 import torch
-from einops import rearrange
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, save
 
@@ -465,38 +461,19 @@ def collate(items):
     return batch
 
 
-# ------------------------------------------------------------------------------------------------------------------
-# pictures
-
-def write_png(path, image):
-    """image (H, W, 3) uint8, RGB."""
-    image = np.ascontiguousarray(image)
-    assert image.dtype == np.uint8 and image.ndim == 3 and image.shape[2] == 3, (image.dtype, image.shape)
-    height, width, _ = image.shape
-    rows = np.pad(image.reshape(height, width * 3), ((0, 0), (1, 0)))   # a zero before every row: "no filter"
-    content = b"\x89PNG\r\n\x1a\n"
-    for kind, body in ((b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)), (b"IDAT", zlib.compress(rows.tobytes())), (b"IEND", b"")):
-        content += struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    write_whole(path, content)
+def seed_of(*parts):
+    """A seed from anything printable, the same on every machine: sha256, 63 bits."""
+    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
-def to_rgb(video, upscale=1):
-    """video (3, F, H, W) in [-1, 1] -> (F, H * upscale, W * upscale, 3) uint8, pixels repeated."""
-    video = ((video.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
-    return rearrange(video, "c f h w -> f h w c").repeat_interleave(upscale, 1).repeat_interleave(upscale, 2).cpu().numpy()
-
-
-def contact_sheet(path, videos, columns=8, upscale=1, group=0):
-    """
-    PNG of clips: one row per video (3, F, H, W) in [-1, 1], `columns` of its frames, evenly spread, left to right.
-    group > 0 leaves a wider gap after every `group` rows (real, base, trained, real, base, trained: group 3).
-    """
-    if len({tuple(video.shape) for video in videos}) != 1:
-        raise ValueError(f"{path}: a contact sheet takes videos of one shape; got {sorted({tuple(video.shape) for video in videos})}")
-    frames = videos[0].shape[1]
-    shown, rows = torch.linspace(0, frames - 1, min(columns, frames)).round().long(), []
-    for number, video in enumerate(videos, start=1):
-        gap = 8 if group and number % group == 0 and number < len(videos) else 2
-        pictures = np.pad(to_rgb(video[:, shown.to(video.device)], upscale), ((0, 0), (0, gap), (0, 2), (0, 0)), constant_values=255)
-        rows.append(rearrange(pictures, "f h w c -> h (f w) c"))
-    write_png(path, np.concatenate(rows))
+def weights_digest(path):
+    """Twelve hexadecimal digits that name the weights at path: sha256 of the sizes, headers and ends of its files (whole files where small)."""
+    digest = hashlib.sha256()
+    files = [Path(path)] if Path(path).is_file() else sorted(Path(path).rglob("*.safetensors"))
+    for file in files:
+        size = file.stat().st_size
+        with open(file, "rb") as handle:
+            digest.update(str(size).encode() + handle.read(2 ** 24))
+            handle.seek(max(0, size - 2 ** 20))
+            digest.update(handle.read())
+    return digest.hexdigest()[:12]

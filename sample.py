@@ -9,7 +9,6 @@ Samplers, and their command line: videos of prompts, and the losing half of GT-P
 What is not given (0 or auto) is as the model's authors have it, by variant: DEFAULTS below.
 """
 import argparse
-import hashlib
 import math
 import os
 import sys
@@ -20,9 +19,22 @@ import torch
 from tqdm import tqdm
 
 import toy
-from data import check_samples, contact_sheet, fingerprint, read_header, read_sample, read_summaries, sample_files, write_sample
+from data import (
+    check_samples,
+    fingerprint,
+    read_header,
+    read_sample,
+    read_summaries,
+    sample_files,
+    seed_of,
+    weights_digest,
+    write_sample,
+    write_whole,
+)
 from losses import add_noise, shift_sigma
-from model import hold_first_frame, load_wan, open_wan
+from model import hold_first_frame
+from pictures import contact_sheet, mp4
+from weights import BOUNDARIES, find_experts, load_wan, open_wan
 
 # As the official command lines do it, by model type; "a14b": two experts. guidance and low_guidance: high-noise and low-noise expert (the official
 # pair is the other way round). 480p where there is a choice: it is what every one of them can do.
@@ -32,13 +44,12 @@ DEFAULTS = {
     "i2v": WAN | dict(steps=40, flow_shift=3.0),                               # 5.0 above 480p: settle()
     "flf2v": WAN | dict(flow_shift=16.0),
     "ti2v": WAN | dict(fps=24, frames=121, size=[704, 1280]),
-    "t2v a14b": WAN | dict(steps=40, flow_shift=12.0, guidance=4.0, low_guidance=3.0, boundary=0.875),
-    "i2v a14b": WAN | dict(steps=40, guidance=3.5, low_guidance=3.5, boundary=0.9),
+    "t2v a14b": WAN | dict(steps=40, flow_shift=12.0, guidance=4.0, low_guidance=3.0, boundary=BOUNDARIES["wan2.2-t2v-a14b"] / 1000),
+    "i2v a14b": WAN | dict(steps=40, guidance=3.5, low_guidance=3.5, boundary=BOUNDARIES["wan2.2-i2v-a14b"] / 1000),
     "embedded": WAN | dict(solver="euler", steps=20, flow_shift=3.0, guidance=1.0, batch_size=64, fps=8, frames=toy.FRAMES, size=[toy.SIDE, toy.SIDE]),
 }
 # Of Wan2.1's image models, before the sentence that all share: "shaking camera", "scene cut".
 NEGATIVE_PREFIX = {"i2v": "镜头晃动，", "flf2v": "镜头切换，镜头晃动，"}
-EXPERTS = (("high_noise_model", "low_noise_model"), ("transformer", "transformer_2"))                # original and diffusers folders: high, low
 # In the metadata of negatives: what they are made with.
 SETTINGS = ("model", "seed", "steps", "flow_shift", "guidance", "solver", "low_guidance", "boundary", "negative_prompt", "renoise")
 
@@ -160,10 +171,6 @@ def log_density(x_next, mean, std):
 # ------------------------------------------------------------------------------------------------------------------
 # generation
 
-def seed_of(*parts):
-    """A seed from anything printable, the same on every machine: sha256, 63 bits."""
-    return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
-
 
 @torch.no_grad()
 def generate(model, context, seeds, shape, steps, flow_shift, guidance, negative=None, device=None, solver="euler",
@@ -226,19 +233,6 @@ def generate(model, context, seeds, shape, steps, flow_shift, guidance, negative
     if first_latent is not None:                     # the solvers work on each element alone: once at the end is as good as after every step
         x[:, :, :1] = first_latent
     return x
-
-
-def weights_digest(path):
-    """Twelve hexadecimal digits that name the weights at path: sha256 of the sizes, headers and ends of its files (whole files where small)."""
-    digest = hashlib.sha256()
-    files = [Path(path)] if Path(path).is_file() else sorted(Path(path).rglob("*.safetensors"))
-    for file in files:
-        size = file.stat().st_size
-        with open(file, "rb") as handle:
-            digest.update(str(size).encode() + handle.read(2 ** 24))
-            handle.seek(max(0, size - 2 ** 20))
-            digest.update(handle.read())
-    return digest.hexdigest()[:12]
 
 
 def make_negatives(model, model_name, folder, name="negatives", per_sample=1, seed=0, steps=20, flow_shift=3.0, guidance=1.0, batch_size=64,
@@ -328,17 +322,6 @@ def parse_args(argv):
     return p.parse_args(argv)
 
 
-def find_experts(path):
-    """--init -> weights of the model, or of the high-noise expert; weights of the low-noise expert or None."""
-    path = Path(path)
-    for high, low in EXPERTS:
-        if path.name in (high, low) and (path.parent / low).is_dir():
-            raise ValueError(f"--init {path}: one of two experts, which sample together; give {path.parent}")
-        if (path / low).is_dir():
-            return path / high, path / low
-    return path, None
-
-
 def settle(args, config, two_experts):
     """Fills what was not given with DEFAULTS of the variant, in args. Raises ValueError for what this model cannot do."""
     embedded = config.out_dim == toy.CHANNELS
@@ -367,7 +350,7 @@ def settle(args, config, two_experts):
     if args.negative_prompt == "official":
         args.negative_prompt = ""                                             # of the embedded world
         if not embedded:
-            from encode import NEGATIVE_PROMPT
+            from wan_encoders import NEGATIVE_PROMPT
             args.negative_prompt = NEGATIVE_PREFIX.get(variant, "") + NEGATIVE_PROMPT
 
 
@@ -409,7 +392,7 @@ def open_codecs(args, config, device):
     if config.out_dim == toy.CHANNELS:
         return SimpleNamespace(encode_text=toy.encode_text, decode_video=lambda latents: toy.decode_pixels(latents).clamp(-1, 1),
                                multiple=toy.BLOCK * config.patch_size[1], part=lambda name: None, free=lambda name: None)
-    from encode import open_encoders
+    from wan_encoders import open_encoders
     return open_encoders(args.weights or (args.init if Path(args.init).is_dir() else Path(args.init).parent), config, device)
 
 
@@ -424,7 +407,7 @@ def encode_texts(args, codecs, prompts):
 
 def make_videos(args, config, load, sampler, device, rank, world):
     """--prompts to samples, mp4 files and a contact sheet. One large thing at a time is in memory: image encoders, text encoder, model, decoder."""
-    from encode import check_clip, read_image, write_video
+    from encode import check_clip, read_image
     kind, time = ("pixel", 1) if config.out_dim == toy.CHANNELS else ("wan", 4)                    # frames of a latent
     codecs = open_codecs(args, config, device)
     check_clip(kind, args.frames, args.size, time, codecs.multiple)
@@ -460,11 +443,12 @@ def make_videos(args, config, load, sampler, device, rank, world):
     for i in tqdm(mine, desc="decoding", disable=rank != 0):
         video = codecs.decode_video(read_sample(out / f"{i:05d}.safetensors")["latents"])          # (3, F, H, W)
         side = min(video.shape[2:])
-        write_video(out / f"{i:05d}.mp4", video, args.fps, upscale=max(1, 256 // side))                 # players blur tiny clips
+        write_whole(out / f"{i:05d}.mp4", mp4(video, args.fps, upscale=max(1, 256 // side)))                 # players blur tiny clips
         shown.append(video[:, :, ::max(1, side // 128), ::max(1, side // 128)])
         shown = shown[:32]
     if shown:
-        contact_sheet(out / f"contact_sheet{f'_{rank}' if world > 1 else ''}.png", shown, upscale=max(1, 128 // min(shown[0].shape[2:])))
+        sheet = contact_sheet(shown, upscale=max(1, 128 // min(shown[0].shape[2:])))
+        write_whole(out / f"contact_sheet{f'_{rank}' if world > 1 else ''}.png", sheet)
     print(f"rank {rank}: {len(mine)} of {len(prompts)} videos and a contact sheet in {out}", flush=True)
 
 

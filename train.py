@@ -23,19 +23,58 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import losses
 import toy
 from curves import Watch
-from data import check_samples, collate, draw, fingerprint, open_data, order, randomness, write_whole
-from fsdp_utils import (ContextParallel, add_branches, checkpoint_blocks, chunk_blocks, clip_gradients, compile_blocks, ema_update, exchange_branches,
-                        load_weights, memory_gib, memory_plan, shard_model, start_ranks, swap_gradients)
+from data import (
+    check_samples,
+    collate,
+    draw,
+    fingerprint,
+    open_data,
+    order,
+    randomness,
+    seed_of,
+    weights_digest,
+    write_whole,
+)
+from evaluate import (
+    HeldOut,
+    Preview,
+    Probe,
+    audit_report,
+    held_out_pairs,
+    hold_back,
+    make_world,
+    of_the_world,
+    sigma_steps,
+)
+from fsdp_utils import (
+    add_branches,
+    build_model,
+    clip_gradients,
+    ema_update,
+    exchange_branches,
+    start_ranks,
+    swap_gradients,
+)
 from losses import add_noise, flow_error, importance_weight, next_sigma, safeguard_coefficient, velocity_target
-from model import CONFIGS, ScoreHead, WanConfig, WanModel, hold_first_frame, open_wan, save_wan
-from probe import Probe, add_up, audit_report, diagnostics, hold_back, sigma_steps, summarise
-from runs import (Signals, append_row, begin_log, check_folder, find_checkpoint, load_checkpoint, open_errors, read_items, report_skipped,
-                  score_reference, stored_weights)
-from sample import DEFAULTS, seed_of, weights_digest
-from world import HeldOut, Preview, held_out_pairs, make_world, of_the_world
+from memory import memory_gib, memory_plan
+from model import CONFIGS, hold_first_frame
+from run_folder import (
+    Signals,
+    add_up,
+    append_row,
+    begin_log,
+    check_folder,
+    diagnostics,
+    load_checkpoint,
+    open_errors,
+    read_items,
+    report_skipped,
+    score_reference,
+    summarise,
+)
+from weights import check_expert, export, find_checkpoint, find_model
 
 HERE = Path(__file__).resolve().parent
-BOUNDARIES = {f"wan2.2-{kind}-a14b": 1000 * DEFAULTS[f"{kind} a14b"]["boundary"] for kind in ("t2v", "i2v")}    # timesteps from here up are the high-noise expert's
 # Which flags belong to which loss; setting one that the loss does not read is an error, not a silent wish.
 LOSS_FLAGS = {"sft": [], "dpo": ["beta"], "regdpo": ["beta", "r", "r_scale", "r_min"],
               "dpo_cm": ["beta", "threshold", "clip", "weight_steps"], "sdpo": ["beta", "clip", "weight_steps"],
@@ -173,72 +212,6 @@ def check_args(args, ranks):
     if args.init == "scratch" and args.loss != "sft":
         raise ValueError(f"--init scratch with --loss {args.loss}: a preference needs a model that already generates; train one with --loss sft first")
     args.loss_scale = args.loss_scale or {"sft": 1.0, "linear_dpo": 1.0, "preference": 1.0, "ipo": args.tau}.get(args.loss, 1 / args.beta)
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# models
-
-def find_model(args):
-    """The WanConfig of --model, or for 'auto' of what --init holds; args.model becomes its name. Whatever is wrong with the files is said here."""
-    if args.init == "scratch":
-        args.model = "tiny" if args.model == "auto" else args.model
-        return CONFIGS[args.model]
-    path = Path(args.init).absolute()
-    try:
-        config, _ = open_wan(path, None if args.model == "auto" else CONFIGS[args.model])
-    except ValueError as error:
-        raise ValueError(f"--model {args.model} --init {args.init}: {error}") from error
-    one_of_two = "_noise" in path.name or path.name.startswith("transformer") and (path.parent / "transformer_2").is_dir()
-    presets = [name for name, known in CONFIGS.items() if known == config]    # two: an expert of T2V-A14B looks like Wan2.1-T2V-14B
-    experts = [name for name in presets if name in BOUNDARIES and one_of_two]
-    found = (experts or presets or [f"{config.model_type} of width {config.dim}, {config.num_layers} blocks"])[0]
-    if experts and args.model not in ("auto", found):
-        raise ValueError(f"--model {args.model} --init {args.init}: by its name this is an expert of {found}; leave out --model, or rename the folder")
-    args.model = found if args.model == "auto" else args.model
-    return config
-
-
-def check_expert(args):
-    """An expert of A14B is trained at the timesteps (after the shift) at which a sampler asks it, and no others. Raises ValueError."""
-    if args.model in BOUNDARIES:
-        name, boundary = Path(args.init).absolute().name, BOUNDARIES[args.model]
-        high, low = "high_noise" in name or name == "transformer", "low_noise" in name or name == "transformer_2"
-        sides = [(boundary, 1000)] * (not low) + [(0, boundary)] * (not high)
-        if not any(first <= args.min_timestep and args.max_timestep <= last for first, last in sides):
-            raise ValueError(f"--min_timestep {args.min_timestep:g} --max_timestep {args.max_timestep:g}: --init {args.init} is one of the two experts of {args.model} "
-                             f"and samples only at timesteps {' or '.join(f'{first:g} to {last:g}' for first, last in sides)}, after the shift; train it there")
-        if args.sample_every:
-            raise ValueError(f"--sample_every: one expert of {args.model} cannot sample alone; run sample.py on a folder with the export and the other expert")
-
-
-def build_model(args, config, ranks, checkpointing="off", offload=False):
-    """
-    The DiT with the weights of --init, sharded over the ranks; each rank reads its own rows only. A preference model (config.scores) has their blocks,
-    frozen, and a new head: with the blocks trained too, 150 steps on 320 pairs learnt those by heart (held-out accuracy 0.5 at any sigma; 0.86 at sigma
-    0.1 with the head alone), and a frozen trunk keeps no activations.
-    """
-    if args.init == "scratch":
-        torch.manual_seed(args.seed)                                          # every rank draws the same whole model, then keeps its shard
-        model = WanModel(config).to(ranks.device)
-    else:
-        _, tensors = open_wan(args.init, replace(config, scores=False))       # strict: names, shapes and sizes are compared here
-        with torch.device("meta"):
-            model = WanModel(config)
-        if config.scores:
-            torch.manual_seed(args.seed)                                      # the same head on every rank
-            tensors |= {f"head.{name}": tensor for name, tensor in ScoreHead(config).state_dict().items()}
-            model.requires_grad_(False).head.requires_grad_(True)
-    if ranks.cp_size > 1:
-        ContextParallel(model, ranks.cp_group)
-    checkpoint_blocks(model, checkpointing, args.offload_activations)
-    chunk_blocks(model, args.chunk_tokens)
-    if args.compile:
-        compile_blocks(model)
-    shard_model(model, ranks.mesh, offload)
-    if args.init != "scratch":
-        model.to_empty(device="cpu" if offload else ranks.device)
-        load_weights(model, tensors)
-    return model
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -381,14 +354,6 @@ def backward_batch(args, policy, ref, batch, scale, ranks, aside=()):
         c_win, c_lose, metrics = coefficients(args, err_win, err_lose, *ref_errors, batch["sigma"])
         (scale * ((c_win, -c_lose)[ranks.branch] * err).sum()).backward()
     return metrics
-
-
-def export(args, checkpoint, path):
-    """A step folder, written on any number of ranks, as public weights at `path`. Reads and writes one tensor at a time."""
-    found = json.loads((checkpoint / "meta.json").read_text())["config"]
-    weights, read = stored_weights(checkpoint, ema=args.ema_decay > 0)
-    save_wan(weights, path, args.export_format, WanConfig(**found | {"patch_size": tuple(found["patch_size"])}), getattr(torch, args.export_dtype), read=read)
-    print(f"weights in {path}")
 
 
 # ------------------------------------------------------------------------------------------------------------------

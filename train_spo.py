@@ -21,13 +21,24 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import toy
-from data import check_samples, collate, fingerprint, open_data, order, randomness
-from fsdp_utils import ContextParallel, checkpoint_blocks, clip_gradients, ema_update, load_weights, memory_gib, shard_model, spread, start_ranks, total
+from data import check_samples, collate, fingerprint, open_data, order, randomness, weights_digest
+from evaluate import SHAPE, HeldOut, sample_held_out
+from fsdp_utils import (
+    ContextParallel,
+    clip_gradients,
+    ema_update,
+    load_weights,
+    shard_model,
+    spread,
+    start_ranks,
+    total,
+)
 from losses import add_noise, spo_loss
-from model import WanModel, open_wan, save_wan
-from runs import Signals, append_row, begin_log, check_folder, load_checkpoint, report_skipped, stored_weights
-from sample import KERNELS, log_density, sigma_grid, step_coefficients, step_distribution, weights_digest
-from world import SHAPE, HeldOut, sample_held_out
+from memory import checkpoint_blocks, memory_gib
+from model import WanModel
+from run_folder import Signals, append_row, begin_log, check_folder, load_checkpoint, report_skipped
+from sample import KERNELS, log_density, sigma_grid, step_coefficients, step_distribution
+from weights import open_wan, save_wan, stored_weights
 
 HERE = Path(__file__).resolve().parent
 LARGEST_WEIGHT = 10.0                                                         # of --step_weight inverse; the first of 20 steps would have 30

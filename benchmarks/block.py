@@ -29,9 +29,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import model as model_file
-from fsdp_utils import checkpoint_blocks, chunk_blocks, compile_blocks
-from model import CONFIGS, ORIGINAL_NAMES, WanConfig, WanModel, public_config, rename
-from tracker import kept_for_backward
+from memory import checkpoint_blocks, chunk_blocks, compile_blocks
+from model import CONFIGS, WanConfig, WanModel
+from weights import ORIGINAL_NAMES, public_config, rename
+from dry_run import kept_for_backward
 
 ONEDNN = model_file.ONEDNN
 T2V = dict(in_dim=16, out_dim=16)

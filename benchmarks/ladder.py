@@ -15,15 +15,15 @@ import torch
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import bench
-import tracker
+import dry_run
 import train
-from model import public_config
-from tracker import token_count
+from weights import public_config
+from dry_run import token_count
 
 
 ABOUT = f"""# The longest video that fits, with one technique after the other
 
-`python benchmarks/ladder.py > benchmarks/ladder.md`, torch {torch.__version__}, no GPU: the figures of `tracker.py` on the real step. A GPU keeps 6 of its 80 GB for what
+`python benchmarks/ladder.py > benchmarks/ladder.md`, torch {torch.__version__}, no GPU: the figures of `dry_run.py` on the real step. A GPU keeps 6 of its 80 GB for what
 is not counted there, and has 200 GB of CPU memory (8 share 2 TB, of which some is left). Full fine-tuning with Reg-DPO, float32 weights and AdamW, matrices in bf16, one pair at a time, no EMA.
 The first row is diffusers' model as its users run it: FSDP2, every block checkpointed, both branches in one batch, a bf16 reference sharded beside the policy.
 
@@ -68,13 +68,13 @@ def climb(name, ranks):
     for new, flags in rungs:
         words = ("--ema_decay", "0", *flags)
         with nullcontext() if first else patch.object(train, "build_model", build_peer):
-            plan = lambda n: tracker.extrapolate(words, config, args.at(n), ranks)
+            plan = lambda n: dry_run.extrapolate(words, config, args.at(n), ranks)
             frames = bench.longest(lambda n: max(plan(n).peak / args.budget, plan(n).host / args.host_budget), frames)
             first, found = first or frames, plan(frames)
             there, here = (seconds / needed for seconds, needed in (bench.estimate(plan(n), words, config, n * per_frame, ranks) for n in (first, frames)))
-        tracker.simulate.cache_clear()                                    # diffusers' and ours go by the same flags
-        tracker.extrapolate.cache_clear()
-        step, tokens = tracker.step_args(words, ranks), frames * per_frame
+        dry_run.simulate.cache_clear()                                    # diffusers' and ours go by the same flags
+        dry_run.extrapolate.cache_clear()
+        step, tokens = dry_run.step_args(words, ranks), frames * per_frame
         needed = step.batch_size * bench.step_flops(step, config, tokens, beforehand=True)
         extra = found.flops * ranks - step.batch_size * bench.step_flops(step, config, tokens)
         row = (new, tokens, f"{frames / first:.2f}", max(0, (tokens // 1560 - 1) * 4 + 1), f"{found.host / 1e9:.0f}", f"{found.moved / 1e9:.0f}",

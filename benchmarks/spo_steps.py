@@ -15,10 +15,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import toy
 from data import collate
-from model import WanModel, load_wan
+from model import WanModel
+from weights import load_wan
 from sample import generate
-from train_spo import parse_args, preference_score, roll_out, toy_score
-from world import SHAPE
+from train_spo import parse_args
+from train_spo import preference_score, roll_out, toy_score
+from evaluate import SHAPE
 
 
 class Counting(torch.nn.Module):

@@ -17,13 +17,16 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import toy
-from data import collate, contact_sheet
-from model import load_wan
+from data import collate, write_whole
+from pictures import contact_sheet
+from weights import load_wan
 from report import spread
 from run import value_of
-from sample import generate, seed_of
-from train_spo import parse_args, preference_score, roll_out
-from world import SHAPE
+from sample import generate
+from data import seed_of
+from train_spo import parse_args
+from train_spo import preference_score, roll_out
+from evaluate import SHAPE
 
 LOGS, OUT = ROOT / "experiments" / "logs" / "spo", ROOT / "out" / "experiments"
 SETTINGS = {"regdpo": OUT / "losses"} | dict.fromkeys(("regdpo_equal", "dpo_equal", "exact", "judged"), OUT / "spo")   # in the order of the table; a run is FOLDER/SETTING_SEED
@@ -86,7 +89,7 @@ def sheet(path, models, captions, real, sampler):
     """Six captions: the real clip, then each model's, with the same noise. Models that are not there are left out."""
     shown = range(6)
     rows = [real, *(make_clips(load_wan(model).eval(), captions, shown, sampler) for model in models if model and model.exists())]
-    contact_sheet(path, [clips[i] for i in shown for clips in rows], upscale=3, group=len(rows))
+    write_whole(path, contact_sheet([clips[i] for i in shown for clips in rows], upscale=3, group=len(rows)))
 
 
 def main():

@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-from model import CONFIGS, WanConfig, WanModel, public_config, rename, ORIGINAL_NAMES
+from model import CONFIGS, WanConfig, WanModel
+from weights import public_config, rename, ORIGINAL_NAMES
 
 GOLDEN = Path(__file__).parent / "golden_wan.safetensors"
 SMALL = dict(ffn_dim=96, num_layers=2, out_dim=4, text_dim=20)

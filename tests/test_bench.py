@@ -8,7 +8,7 @@ import torch
 
 import bench
 from model import WanConfig, WanModel
-from tracker import Live, conditions, token_count
+from dry_run import Live, conditions, token_count
 
 SMALL = WanConfig(dim=128, ffn_dim=512, num_heads=2, num_layers=3, in_dim=16, out_dim=16, text_dim=64, text_len=32)
 SHAPE = (16, 4, 16, 16)                                   # 256 tokens

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 import data
-from data import (PairSet, SampleSet, check_samples, collate, draw, fingerprint, open_data, order, pairs_by_stem, pairs_from_jsonl, randomness, read_header,
-                  read_sample, write_sample)
+from conftest import write_png
+from data import PairSet, SampleSet, check_samples, collate, draw, fingerprint, open_data, order, pairs_by_stem, pairs_from_jsonl, randomness, read_header, read_sample, write_sample
 from model import WanConfig
 
 
@@ -486,7 +486,7 @@ def test_a_batch_of_two_sizes_or_two_kinds_is_refused_by_name():
 
 def test_a_png_holds_the_pixels(tmp_path):
     image = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
-    data.write_png(tmp_path / "a.png", image)
+    write_png(tmp_path / "a.png", image)
     content, chunks = (tmp_path / "a.png").read_bytes(), {}
     assert content[:8] == b"\x89PNG\r\n\x1a\n"
     place = 8

@@ -11,10 +11,13 @@ import pytest
 import torch
 
 import encode
+import pictures
 import toy
-from data import read_sample, write_sample
-from data import contact_sheet
-from encode import check_clip, clip_starts, fit, frame_times, main, nearest_frames, parse_args, read_clips, stem_of, write_video
+from data import read_sample, write_sample, write_whole
+from pictures import contact_sheet
+from encode import check_clip, clip_starts, fit, frame_times, nearest_frames, read_clips, stem_of
+from conftest import write_video
+from encode import main, parse_args
 
 av = pytest.importorskip("av", reason="real video needs PyAV: pip install -r requirements-video.txt")
 
@@ -105,7 +108,7 @@ def test_other_containers_give_their_frames_in_order(tmp_path, name, codec):
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=25)
         stream.height, stream.width, stream.pix_fmt = 32, 48, "rgb8" if codec == "gif" else "yuv420p"
-        for picture in encode.to_rgb(video):
+        for picture in pictures.to_rgb(video):
             container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
         container.mux(stream.encode())
     picks = nearest_frames(frame_times(path), Fraction(25))
@@ -408,11 +411,11 @@ def test_an_mp4_needs_even_sides_and_leaves_no_half_file(tmp_path, monkeypatch):
 def test_a_contact_sheet_shows_rows_of_evenly_spread_frames(tmp_path):
     levels = torch.linspace(-1, 0.9, 15)
     videos = [levels[None, :, None, None].expand(3, 15, 4, 6), torch.full((3, 15, 4, 6), -1.0), torch.full((3, 15, 4, 6), 0.1)]
-    contact_sheet(tmp_path / "sheet.png", videos, columns=3, upscale=2, group=2)
+    write_whole(tmp_path / "sheet.png", contact_sheet(videos, columns=3, upscale=2, group=2))
     with av.open(str(tmp_path / "sheet.png")) as container:
         image = next(container.decode(video=0)).to_ndarray(format="rgb24")
     assert image.shape == ((8 + 2) + (8 + 8) + (8 + 2), 3 * (12 + 2), 3)           # the wider gap stands after the second row
     assert [image[4, x, 0] for x in (6, 20, 34)] == [0, 121, 242]                  # frames 0, 7 and 14 of the first video: 127.5 * (1 + [-1, -0.05, 0.9])
     assert (image[:8, 12:14] == 255).all() and (image[18:26] == 255).all()          # white lines between
     assert image[14, 6, 0] == 0 and image[30, 6, 0] == 140
-    assert "takes videos of one shape" in refusal(contact_sheet, tmp_path / "s.png", [torch.zeros(3, 2, 4, 4), torch.zeros(3, 2, 4, 6)])
+    assert "takes videos of one shape" in refusal(contact_sheet, [torch.zeros(3, 2, 4, 4), torch.zeros(3, 2, 4, 6)])

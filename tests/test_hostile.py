@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save
 
 import encode
-import runs
+import weights
 from data import open_data, read_header, read_sample, write_sample
-from runs import open_errors
-from test_runs import ROOT
+from run_folder import open_errors
+from test_run_folder import ROOT
 
 hypothesis = pytest.importorskip("hypothesis", reason="hostile inputs are drawn by hypothesis (requirements-video.txt)")
 from hypothesis import HealthCheck, given, settings, strategies as st  # noqa: E402
@@ -174,7 +174,7 @@ def test_any_name_of_a_video_becomes_a_safe_one_and_no_two_the_same(name, change
 def test_any_index_of_a_checkpoint_is_read_or_refused(house, content):
     (house / ".metadata").write_bytes(content)
     with pytest.raises(ValueError, match="is no index of a checkpoint"):
-        runs.Reader(house)
+        weights.Reader(house)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ def calls(path):
 
 
 def test_the_sources_unpickle_evaluate_and_download_nothing():
-    assert {"train.py", "runs.py", "encode.py", "model.py"} <= {path.name for path in SOURCES}
+    assert {"train.py", "run_folder.py", "encode.py", "model.py"} <= {path.name for path in SOURCES}
     for path in SOURCES:
         for name, keywords, line in calls(path):
             where = f"{path.name}:{line}: {name}"

@@ -9,10 +9,12 @@ diffusers = pytest.importorskip("diffusers", reason="needs diffusers and transfo
 pytest.importorskip("av", reason="real video needs PyAV (requirements-video.txt)")
 
 import encode
+from conftest import write_video
 import sample
 import train
 from data import read_sample
-from model import CONFIGS, load_wan, open_wan
+from model import CONFIGS
+from weights import load_wan, open_wan
 from test_pipelines import PROMPTS, make_pipeline
 
 
@@ -25,7 +27,7 @@ def test_gt_pairs_from_an_mp4_to_a_trained_image_to_video_model(tmp_path, monkey
     (tmp_path / "videos").mkdir()
     for i, prompt in enumerate(PROMPTS):
         t = torch.linspace(0, 6, 10).view(1, 10, 1, 1) + torch.arange(size[1]) / 5 + i
-        encode.write_video(tmp_path / "videos" / f"{i}.mp4", torch.sin(t).expand(3, -1, size[0], -1), 16)    # a wave that moves sideways
+        write_video(tmp_path / "videos" / f"{i}.mp4", torch.sin(t).expand(3, -1, size[0], -1), 16)    # a wave that moves sideways
     (tmp_path / "videos" / "metadata.jsonl").write_text("".join(json.dumps({"video": f"{i}.mp4", "prompt": p}) + "\n" for i, p in enumerate(PROMPTS)))
 
     encode.main(encode.parse_args(["--videos", str(tmp_path / "videos"), "--out", data + "/real", "--encoder", "wan", "--weights", model, "--model", "tiny-image",

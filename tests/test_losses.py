@@ -8,9 +8,7 @@ import torch
 import torch.nn.functional as F
 
 import losses
-from losses import (add_noise, diffusion_sdpo_loss, dpo_cm_loss, dpo_loss, dpop_loss, flow_error, importance_weight, ipo_loss, linear_dpo_loss,
-                    next_sigma, preference_loss, regdpo_loss, safeguard_coefficient, sdpo_loss, sft_loss, shift_sigma, spo_loss, unshift_sigma,
-                    velocity_target)
+from losses import add_noise, diffusion_sdpo_loss, dpo_cm_loss, dpo_loss, dpop_loss, flow_error, importance_weight, ipo_loss, linear_dpo_loss, next_sigma, preference_loss, regdpo_loss, safeguard_coefficient, sdpo_loss, sft_loss, shift_sigma, spo_loss, unshift_sigma, velocity_target
 
 BETA = 2.0
 LOG_2 = 0.6931471805599453

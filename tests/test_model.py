@@ -14,8 +14,10 @@ from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
 
 import model as model_file
+import weights
 from make_golden import CASES, GOLDEN, diffusers_twin, make_case, velocity_and_gradients
-from model import CONFIGS, DIFFUSERS_NAMES, WanConfig, WanModel, expected_shapes, load_wan, open_wan, rename, rope_table, rotate, save_wan, timestep_embedding
+from model import CONFIGS, WanConfig, WanModel, rope_table, rotate, timestep_embedding
+from weights import DIFFUSERS_NAMES, expected_shapes, load_wan, open_wan, rename, save_wan
 
 PUBLIC = json.loads((Path(__file__).parent / "wan_keys.json").read_text())    # from the lists of the released files
 
@@ -404,13 +406,13 @@ def test_slices_read_rows_only_under_the_original_names(tiny, tmp_path):
 def test_a_failed_write_leaves_the_old_weights(tiny, tmp_path, monkeypatch):
     save_wan(tiny, tmp_path, max_shard_bytes=10**6)
     old = {name: tensor.clone() for name, tensor in tiny.state_dict().items()}
-    written, write = [], model_file.write_tensors
+    written, write = [], weights.write_tensors
 
     def full_disk(file, *args):
         if written:
             raise OSError("No space left on device")
         written.append(write(file, *args))
-    monkeypatch.setattr(model_file, "write_tensors", full_disk)
+    monkeypatch.setattr(weights, "write_tensors", full_disk)
     with torch.no_grad():
         tiny.patch_embedding.weight += 1
     with pytest.raises(OSError):

@@ -15,13 +15,16 @@ from safetensors.torch import load_file, save_file
 
 import fsdp_utils
 import losses
+import memory
 import toy
 import train
 from data import open_data, read_sample
-from fsdp_utils import ContextParallel, add_branches, checkpoint_blocks, chunk_blocks, start_ranks
-from model import CONFIGS, WanModel, save_wan
-from runs import open_errors, score_reference
-from world import sample_held_out
+from fsdp_utils import ContextParallel, add_branches, start_ranks
+from memory import checkpoint_blocks, chunk_blocks
+from model import CONFIGS, WanModel
+from weights import save_wan
+from run_folder import open_errors, score_reference
+from evaluate import sample_held_out
 from test_train import main_fails, on_ranks, run, same_run, train_main, world  # noqa: F401  (world is a fixture)
 
 CONFIG = dataclasses.replace(CONFIGS["tiny"], dim=32, ffn_dim=64, num_layers=2)
@@ -242,7 +245,7 @@ def test_four_ranks_train_one_model_and_by_default_each_holds_a_quarter_of_it(wo
 
 def test_the_plan_says_what_is_on_each_rank_and_what_on_the_cpu():
     ranks = SimpleNamespace(mesh=SimpleNamespace(shape=(2, 8)), device=torch.device("cpu"), cp_size=4)
-    plan = lambda *flags: fsdp_utils.memory_plan(train.parse_args(flags), CONFIGS["wan2.1-t2v-1.3b"], 2 ** 31, 2 ** 15 - 3, 2, True, ranks)
+    plan = lambda *flags: memory.memory_plan(train.parse_args(flags), CONFIGS["wan2.1-t2v-1.3b"], 2 ** 31, 2 ** 15 - 3, 2, True, ranks)
     # 2^31 numbers of 4 bytes over 8 ranks are 1 GiB
     assert "weights 1.000, gradients 1.000, AdamW 2.000, reference 1.000, ema 1.000, kept activations 52.969; on top" in plan()
     # 2 videos x 30 blocks x 2^13 tokens x 1536 numbers = 0.703125 * 2^30, of 2 bytes (every second stream), 4, 52, 8 + (11 + 8960 / 1536) * 4
@@ -257,7 +260,7 @@ def test_the_plan_says_what_is_on_each_rank_and_what_on_the_cpu():
 # ------------------------------------------------------------------------------------------------------------------
 # kept activations on the CPU
 
-class Late(fsdp_utils.Offload):
+class Late(memory.Offload):
     """A device whose copies happen as late as it may do them: when they are waited for, in the order in which they were asked for."""
     made = []
 
@@ -291,7 +294,7 @@ def test_offloaded_activations_are_copied_before_they_leave_and_back_before_they
     plain = WanModel(dataclasses.replace(CONFIG, num_layers=5, text_len=4))
     torch.nn.init.normal_(plain.head.head.weight, std=0.2)
     late = copy.deepcopy(plain)
-    monkeypatch.setattr(fsdp_utils, "Offload", Late)
+    monkeypatch.setattr(memory, "Offload", Late)
     checkpoint_blocks(late, mode, offload=True)
     for model in (plain, late):
         chunk_blocks(model, size)

@@ -17,7 +17,8 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel, 
 
 import encode
 import sample
-from data import read_sample, write_png
+from conftest import write_png
+from data import read_sample
 
 PROMPTS = ["A red ball rolls over the grass.", "two   dogs &amp; a cat"]
 NEGATIVE = "blurred, grey"
@@ -105,7 +106,7 @@ def test_a_video_is_that_of_diffusers(tmp_path, monkeypatch, case, grid):
     for file, image in zip(files, rgb):
         write_png(file, image)
     seen = []                                                                  # as they would be written; an mp4 is not exact
-    monkeypatch.setattr(encode, "write_video", lambda path, video, fps, upscale: seen.append(video))
+    monkeypatch.setattr(sample, "mp4", lambda video, fps, upscale: seen.append(video) or b"")
     sample.main(sample.parse_args(["--init", str(tmp_path / "model"), "--prompts", *PROMPTS, "--negative_prompt", NEGATIVE, "--out", str(tmp_path / "out"),
                                    "--steps", str(STEPS), "--frames", str(FRAMES), "--size", str(height), str(width),
                                    *(["--image", files[0]] if pictures else []), *(["--last_image", files[1]] if pictures == 2 else [])]))

@@ -10,7 +10,8 @@ from safetensors.torch import load_file
 
 import train
 from data import write_sample
-from model import CONFIGS, ScoreHead, load_wan, open_wan, save_wan
+from model import CONFIGS, ScoreHead
+from weights import load_wan, open_wan, save_wan
 from test_spo import spo_fails, spo_world             # noqa: F401, the fixture
 from test_train import SHAPE, run, world              # noqa: F401, the fixture
 

@@ -12,7 +12,8 @@ import torch
 import sample
 import toy
 from data import open_data, read_sample, write_sample
-from model import CONFIGS, WanModel, save_wan
+from model import CONFIGS, WanModel
+from weights import save_wan
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -5,10 +5,12 @@ import numpy as np
 import pytest
 import torch
 
-import encode
+import wan_encoders
 import sample
-from data import open_data, read_sample, write_png, write_sample
-from model import WanConfig, WanModel, load_wan, save_wan
+from conftest import write_png
+from data import open_data, read_sample, write_sample
+from model import WanConfig, WanModel
+from weights import load_wan, save_wan
 
 WAN = dict(dim=48, ffn_dim=64, num_heads=2, num_layers=1, text_dim=20, freq_dim=32)
 VARIANTS = {
@@ -70,8 +72,8 @@ def wan_folder(tmp_path_factory):
 @pytest.fixture
 def log(monkeypatch):
     log = []
-    monkeypatch.setattr(encode, "open_encoders", lambda path, config, device="cpu": Encoders(config, log))
-    monkeypatch.setattr(encode, "NEGATIVE_PROMPT", "the official one")
+    monkeypatch.setattr(wan_encoders, "open_encoders", lambda path, config, device="cpu": Encoders(config, log))
+    monkeypatch.setattr(wan_encoders, "NEGATIVE_PROMPT", "the official one")
     monkeypatch.setattr(sample, "load_wan", lambda *args, **named: log.append("load model") or load_wan(*args, **named))
     return log
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 import train_spo
 from data import read_sample, write_sample
-from model import CONFIGS, WanModel, save_wan
+from model import CONFIGS, WanModel
+from weights import save_wan
 from sample import KERNELS, log_density, sigma_grid, step_coefficients, step_distribution
 from test_train import on_ranks, world                # noqa: F401, the fixture
 

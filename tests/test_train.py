@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 import losses
 import train
 from data import draw, open_data, order, read_sample, write_sample
-from model import CONFIGS, WanModel, save_wan
+from model import CONFIGS, WanModel
+from weights import save_wan
 
 SHAPE = (12, 3, 4, 6)                                     # latents: 18 tokens
 PAIR_LOSSES = [loss for loss in train.LOSS_FLAGS if loss != "sft"]
@@ -81,8 +82,10 @@ def same_run(mine, theirs, numbers=1e-3, weights=1e-4):
     for a, b in zip(mine[0], theirs[0]):
         for name in ("loss", "err_win", "grad_norm", "lr") + (("err_lose", "ref_err_win", "ref_err_lose", "c_win", "c_lose") if "c_win" in a else ()):
             assert a[name] == pytest.approx(b[name], rel=numbers), (a["step"], name)
-        for name in ("margin_min", "margin_max") if "c_win" in a else ():                            # of one pair, and near 0 by chance: held to the margins' own size
-            assert a[name] == pytest.approx(b[name], rel=0, abs=numbers * b["margin_abs"]), (a["step"], name)
+        for name in ("margin_min", "margin_max") if "c_win" in a else ():
+            # of one pair, and near 0 by chance: compared to the size of the margins; beta * 1e-6 is rounding of the errors
+            near = numbers * b["margin_abs"] + 1e-6 * 30
+            assert a[name] == pytest.approx(b[name], rel=0, abs=near), (a["step"], name)
     (a, b) = (torch.cat([run[1][name].flatten().double() for name in sorted(run[1])]) for run in (mine, theirs))
     base = torch.cat([value.flatten().double() for _, value in sorted(load_file(theirs[2]).items())])
     assert (a - b).norm() <= weights * b.norm()
@@ -206,7 +209,7 @@ def test_the_log_says_which_folder_of_negatives_the_pairs_came_from(world, one_r
 def test_the_logged_errors_are_those_of_the_pairs_of_that_step(world, one_rank):
     """Worked out from the data alone, without the trainer: which pairs, which sigma, which noise, what error."""
     dataset = open_data(world / "data", pairs=True)
-    from model import load_wan
+    from weights import load_wan
     model, errors, bins = load_wan(world / "base"), [], [[] for _ in range(4)]
     for position in range(8):
         item = dataset[order(0, position, 24)]

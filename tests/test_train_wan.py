@@ -11,10 +11,12 @@ from safetensors.torch import load_file, save_file
 import losses
 import model as model_file
 import train
+import weights
 from benchmarks import load_memory
 from data import check_samples, draw, open_data, write_sample
 from make_golden import CASES
-from model import CONFIGS, WanConfig, WanModel, load_wan, rename, save_wan, DIFFUSERS_NAMES
+from model import CONFIGS, WanConfig, WanModel
+from weights import load_wan, rename, save_wan, DIFFUSERS_NAMES
 from test_train import POOLS, main_fails, run, same_run, world                # `world`: the fixture of a tiny text-to-video model
 
 MODELS = {"i2v": CASES["i2v-clip"], "flf2v": CASES["flf2v"], "i2v-a14b": CASES["i2v-a14b"],
@@ -193,7 +195,7 @@ def test_an_expert_is_known_by_its_name_and_trained_on_its_side_of_the_boundary_
 
 def test_a_model_of_two_experts_whose_name_says_nothing_may_not_straddle_the_boundary(experts):
     for flags in (("--init", str(experts / "mine")), ("--init", str(experts / "Wan2.1-T2V-14B"), "--model", "wan2.2-t2v-a14b")):
-        assert found(*flags, "--min_timestep", "900")[0] in train.BOUNDARIES and found(*flags, "--min_timestep", "0", "--max_timestep", "875")
+        assert found(*flags, "--min_timestep", "900")[0] in weights.BOUNDARIES and found(*flags, "--min_timestep", "0", "--max_timestep", "875")
         with pytest.raises(ValueError, match=r"--min_timestep 600 --max_timestep 1000: .* samples only at timesteps (875|900) to 1000 or 0 to (875|900)"):
             found(*flags)
 

@@ -12,9 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-import encode
+import wan_encoders
 from data import read_sample, write_sample
-from encode import LATENTS, frame_times, main, nearest_frames, open_encoders, parse_args, read_clips, write_video
+from wan_encoders import LATENTS, open_encoders
+from encode import frame_times, nearest_frames, read_clips
+from conftest import write_video
+from encode import main, parse_args
 from model import CONFIGS, WanConfig
 
 pytest.importorskip("av", reason="real video needs PyAV: pip install -r requirements-video.txt")
@@ -24,8 +27,8 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 
 with gzip.open(Path(__file__).parent / "encoder_keys.json.gz") as file:
     PUBLIC = json.load(file)   # name: shape of every tensor of the released files, in the original's and in the library's words
-FROM_ORIGINAL = {"umt5-xxl": encode.text_from_original, "wan2.1-vae": encode.vae_from_original, "wan2.2-vae": encode.vae_from_original,
-                 "clip-vit-h": encode.clip_from_original}
+FROM_ORIGINAL = {"umt5-xxl": wan_encoders.text_from_original, "wan2.1-vae": wan_encoders.vae_from_original, "wan2.2-vae": wan_encoders.vae_from_original,
+                 "clip-vit-h": wan_encoders.clip_from_original}
 T5, CLIP = "models_t5_umt5-xxl-enc-bf16.pth", "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 TEXT, TOKENS, SIDE = 32, 17, 56                                    # width of text and image features; tokens and side of an image, 4 x 4 patches of 14
 SMALL = dict(dim=64, ffn_dim=128, num_heads=2, num_layers=2, text_dim=TEXT)
@@ -74,7 +77,7 @@ def write_original(path, state, table, kind):
     """The library's tensors as the original file has them: renamed back by the public list of names, for CLIP also reshaped and joined."""
     state, original = {name.removeprefix("vision_model."): tensor for name, tensor in state.items()}, {}
     for name in PUBLIC[kind]["original"]:
-        found = encode.rename(name, table)
+        found = wan_encoders.rename(name, table)
         parts = [found.replace("qkv_proj", f"{part}_proj") for part in "qkv"] if "qkv_proj" in found else [found]
         if parts[0] in state:                                                         # tiny networks have fewer blocks
             original[name] = torch.cat([state[part] for part in parts])
@@ -103,10 +106,10 @@ def folders(tmp_path_factory):
         tiny_tokenizer(folder / "tokenizer")
         folder = found["original"][channels] = root / f"original{channels}"
         shutil.copytree(root / f"diffusers{channels}" / "tokenizer", folder / "google" / "umt5-xxl")   # no two trainings give the same
-        write_original(folder / T5, text.state_dict(), encode.TEXT_NAMES, "umt5-xxl")
-        write_original(folder / CLIP, clip.state_dict(), encode.CLIP_NAMES, "clip-vit-h")
+        write_original(folder / T5, text.state_dict(), wan_encoders.TEXT_NAMES, "umt5-xxl")
+        write_original(folder / CLIP, clip.state_dict(), wan_encoders.CLIP_NAMES, "clip-vit-h")
         version = "2.2" if channels == 48 else "2.1"
-        write_original(folder / f"Wan{version}_VAE.pth", vae.state_dict(), encode.VAE_NAMES, f"wan{version}-vae")
+        write_original(folder / f"Wan{version}_VAE.pth", vae.state_dict(), wan_encoders.VAE_NAMES, f"wan{version}-vae")
     return found
 
 
@@ -181,7 +184,7 @@ def test_original_names_become_those_of_the_library_and_no_others(kind):
 def test_q_k_and_v_of_clip_are_the_three_thirds_in_order():
     state = {name: torch.zeros(shape, device="meta") for name, shape in PUBLIC["clip-vit-h"]["original"].items()}
     state["visual.transformer.3.attn.to_qkv.bias"] = torch.arange(3).repeat_interleave(1280)
-    vision, _ = encode.clip_from_original(state)
+    vision, _ = wan_encoders.clip_from_original(state)
     for number, part in enumerate("qkv"):
         assert vision[f"encoder.layers.3.self_attn.{part}_proj.bias"].eq(number).all()
 
@@ -484,7 +487,7 @@ def test_samples_of_an_mp4_hold_what_their_model_needs_and_decode_to_an_mp4(fold
 
 def test_what_is_wrong_is_said_before_anything_is_encoded(folders, copy, videos, tmp_path, monkeypatch):
     out, good = tmp_path / "real", folders["original"][16]
-    monkeypatch.setattr(encode.Encoders, "encode_text", lambda *args: pytest.fail("encoded"))
+    monkeypatch.setattr(wan_encoders.Encoders, "encode_text", lambda *args: pytest.fail("encoded"))
     flags = lambda weights=good, model="i2v", size=(32, 48), frames=9: (
         "--videos", videos, "--out", out, "--encoder", "wan", "--weights", weights, "--model", model, "--size", *size, "--frames", frames, "--fps", 16)
     broken = copy("original")

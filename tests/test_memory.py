@@ -15,12 +15,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import fsdp_utils
+import memory
 import test_train
-from fsdp_utils import Chunks, checkpoint_blocks, chunk_blocks, compile_blocks, shard_model, start_ranks
+from memory import Chunks, checkpoint_blocks, chunk_blocks, compile_blocks
+from fsdp_utils import shard_model, start_ranks
 from make_golden import make_case
 from model import CONFIGS, Block, WanModel, recompute, rope_table
-from tracker import kept_for_backward
+from dry_run import kept_for_backward
 
 
 def velocity_and_all_gradients(name, change, dtype=torch.float64):
@@ -64,7 +65,7 @@ def test_backward_keeps_so_many_bytes_per_token_layer_and_channel(preset, mode, 
     two, four = (kept_bytes(dataclasses.replace(config, num_layers=layers), lambda model: (checkpoint_blocks(model, mode), chunk_blocks(model, size))) for layers in (2, 4))
     layer = (four - two) / 2
     assert layer + (two - 2 * layer) / config.num_layers == pytest.approx(expected, abs=0.06)
-    assert fsdp_utils.kept_bytes(config, mode, size, False, 2) == pytest.approx(expected, abs=0.4)      # what the plan says; text, patches and head are not in it
+    assert memory.kept_bytes(config, mode, size, False, 2) == pytest.approx(expected, abs=0.4)      # what the plan says; text, patches and head are not in it
 
 
 def test_a_timestep_per_token_keeps_no_more_than_one_per_video():

@@ -26,13 +26,16 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.distributed.fsdp import fully_shard
 
 import data
-import runs
+import run_folder
 import train
+import weights
 import train_spo
 from data import open_data, order, read_sample
 from fsdp_utils import start_ranks
-from model import CONFIGS, WanModel, save_wan
-from runs import append_row, check_folder, find_checkpoint, load_checkpoint, save_checkpoint, stored_weights
+from model import CONFIGS, WanModel
+from weights import save_wan
+from run_folder import append_row, check_folder, load_checkpoint, save_checkpoint
+from weights import find_checkpoint, stored_weights
 from test_train import FORKS, in_rank, on_ranks, train_main, world  # noqa: F401  (world is a fixture)
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -65,9 +68,9 @@ def rows(out):
 
 def everything(folder):
     """All that a checkpoint holds: {name: tensor or number}."""
-    reader = runs.Reader(folder)
+    reader = weights.Reader(folder)
     state = {name: None if isinstance(entry, BytesStorageMetadata) else torch.empty(entry.size) for name, entry in reader.index.state_dict_metadata.items()}
-    dcp.load(state, storage_reader=reader, planner=runs.Planner(flatten_state_dict=False), no_dist=True)
+    dcp.load(state, storage_reader=reader, planner=weights.Planner(flatten_state_dict=False), no_dist=True)
     return state
 
 
@@ -335,9 +338,9 @@ def test_spo_saves_and_stops_on_a_signal_and_goes_on_bit_for_bit(world, base, tm
 
 
 def test_only_a_second_signal_some_seconds_later_is_obeyed_at_once(monkeypatch):
-    signals, clock = runs.Signals(0), [100.0]
+    signals, clock = run_folder.Signals(0), [100.0]
     try:
-        monkeypatch.setattr(runs.time, "monotonic", lambda: clock[0])
+        monkeypatch.setattr(run_folder.time, "monotonic", lambda: clock[0])
         for clock[0] in (100.0, 100.1, 104.9):                                 # torchrun passes on what the terminal sent already
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.01)
@@ -354,9 +357,9 @@ def test_a_checkpoint_is_written_when_the_last_one_is_so_many_minutes_old(world,
     on_ranks(1, train_main, argv(world, base, tmp_path / "out", "--steps 3 --loss sft --save_every 100 --save_minutes 1e-9"))
     assert sorted(path.name for path in (tmp_path / "out").glob("step_*")) == ["step_000001", "step_000002", "step_000003"]
     saved, clock = [], [1000.0]
-    monkeypatch.setattr(runs.time, "monotonic", lambda: clock[0])
-    monkeypatch.setattr(runs, "save_checkpoint", lambda *state: saved.append(state))
-    signals = runs.Signals(2.0)
+    monkeypatch.setattr(run_folder.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(run_folder, "save_checkpoint", lambda *state: saved.append(state))
+    signals = run_folder.Signals(2.0)
     for clock[0], due in ((1119.0, 0.0), (1121.0, 1.0)):
         assert signals.asks()["asks/save"] == due
     signals.save(7)
@@ -399,7 +402,7 @@ def test_going_on_from_an_older_step_makes_it_the_latest_so_that_a_kill_does_not
         (out / f"step_00000{step}").mkdir(parents=True)
     (out / "latest").write_text("step_000004\n")
     (out / "log.jsonl").write_text("".join(json.dumps({"step": step}) + "\n" for step in range(4)) + '{"step": 4, "lo')
-    runs.begin_log(SimpleNamespace(out=out, resume=str(out / "step_000002"), defaults={}), 2, ranks=3)
+    run_folder.begin_log(SimpleNamespace(out=out, resume=str(out / "step_000002"), defaults={}), 2, ranks=3)
     assert (out / "latest").read_text() == "step_000002\n"
     assert [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()] == [0, 1]
     assert json.loads((out / "config.json").read_text())["ranks"] == 3
@@ -556,7 +559,7 @@ def refusal(call, *arguments):
 
 
 def test_an_index_that_names_files_elsewhere_is_refused(stranger):
-    index = runs.Reader(stranger[0]).index
+    index = weights.Reader(stranger[0]).index
     for info in index.storage_data.values():
         info.relative_path = "../../secret"
     (stranger[0] / ".metadata").write_bytes(pickle.dumps(index))
@@ -567,7 +570,7 @@ def test_a_pickle_among_the_numbers_of_a_checkpoint_is_not_called(stranger, tmp_
     folder, owned = stranger
     dcp.save({"optimizer": {"betas": Evil(owned)}}, checkpoint_id=tmp_path / "evil", no_dist=True)
     with pytest.raises(BaseException, match="mkdir"):
-        dcp.load({"optimizer": {"betas": None}}, storage_reader=runs.Reader(tmp_path / "evil"), planner=runs.Planner(), no_dist=True)
+        dcp.load({"optimizer": {"betas": None}}, storage_reader=weights.Reader(tmp_path / "evil"), planner=weights.Planner(), no_dist=True)
     assert not owned.exists()
 
 
@@ -583,15 +586,15 @@ def test_a_damaged_checkpoint_is_named(stranger):
 DRIVER = """
 import os, runpy, signal, sys
 sys.path.insert(0, {root!r})
-import runs
-asks, calls = runs.Signals.asks, []
+import run_folder
+asks, calls = run_folder.Signals.asks, []
 
 def at_the_third_step(self):
     calls.append(0)
     if len(calls) == 3 and os.environ["RANK"] == "1" and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         {action}
     return asks(self)
-runs.Signals.asks = at_the_third_step
+run_folder.Signals.asks = at_the_third_step
 runpy.run_path({root!r} + "/train.py", run_name="__main__")
 """
 

@@ -4,10 +4,13 @@ import torch
 from test_train import SHAPE, run, world                                       # noqa: F401: a fixture
 
 import train
+import weights
 from data import open_data, read_sample, sample_files, write_sample
-from model import CONFIGS, load_wan
-from sample import generate, seed_of
-from world import Preview
+from model import CONFIGS
+from weights import load_wan
+from sample import generate
+from data import seed_of
+from evaluate import Preview
 
 
 def panes(folder):
@@ -41,6 +44,6 @@ def test_previews_are_spread_over_the_data_and_of_one_shape(tmp_path):
 
 
 def test_an_expert_of_two_cannot_be_previewed_alone(monkeypatch):
-    monkeypatch.setitem(train.BOUNDARIES, "tiny", 875)
+    monkeypatch.setitem(weights.BOUNDARIES, "tiny", 875)
     with pytest.raises(ValueError, match="--sample_every: one expert of tiny cannot sample alone"):
         train.check_expert(train.parse_args(["--model", "tiny", "--sample_every", "5", "--min_timestep", "900"]))

@@ -9,7 +9,7 @@ from test_train import run, world                                              #
 import train
 from data import open_data, write_sample
 from fsdp_utils import start_ranks
-from probe import Probe, audit, audit_report, auc, best_threshold, hold_back, sigma_steps, statistics
+from evaluate import Probe, audit, audit_report, auc, best_threshold, hold_back, sigma_steps, statistics
 
 SHAPE = (2, 3, 8, 8)
 

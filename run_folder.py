@@ -10,11 +10,9 @@ import fcntl
 import json
 import math
 import os
-import pickle
 import shutil
 import signal
 import time
-import warnings
 from contextlib import suppress
 from pathlib import Path
 
@@ -24,31 +22,20 @@ import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
-from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict, set_model_state_dict, set_state_dict
+from torch.distributed.checkpoint.state_dict import (
+    get_model_state_dict,
+    get_state_dict,
+    set_model_state_dict,
+    set_state_dict,
+)
 from tqdm import tqdm
 
 from data import write_whole
-
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")    # stored_weights asks for just that
+from fsdp_utils import extremes, total
+from weights import Planner, Reader, find_checkpoint
 
 # ------------------------------------------------------------------------------------------------------------------
 # beginning, and going on
-
-def find_checkpoint(out, resume, flag="--resume"):
-    """
-    The folder that --resume (or another flag) names: `latest` (of the run's folder out) or a step folder. ValueError if there is none says where it looked.
-    """
-    if resume == "latest":
-        pointer = Path(out) / "latest"
-        if not pointer.exists():
-            raise ValueError(f"--resume latest: {pointer} does not exist; {out} has no checkpoint. Leave out --resume to start anew, or name a step folder")
-        folder = Path(out) / pointer.read_text().strip()
-    else:
-        folder = Path(resume)
-    if not (folder / "meta.json").exists():
-        raise ValueError(f"{flag} {resume}: {folder} holds no whole checkpoint (meta.json is missing); name a folder like {out}/step_000500")
-    return folder
 
 
 def check_folder(out, resume):
@@ -215,44 +202,6 @@ def save_checkpoint(out, step, policy, optimizer, ema, meta, keep):
     return final
 
 
-class Index(pickle.Unpickler):
-    """The index of a checkpoint, which torch writes as a pickle: it may be made of these classes, and nothing in it is called but they."""
-    ALLOWED = {"torch.distributed.checkpoint.metadata": {"Metadata", "StorageMeta", "MetadataIndex", "ChunkStorageMetadata", "TensorStorageMetadata", "BytesStorageMetadata",
-                                                         "TensorProperties", "_MEM_FORMAT_ENCODING"},
-               "torch.distributed.checkpoint.filesystem": {"_StorageInfo"}, "torch.serialization": {"_get_layout"}, "torch": {"Size", "float32", "float64", "bfloat16"},
-               "pathlib": {"PosixPath"}, "pathlib._local": {"PosixPath"}, "collections": {"OrderedDict"}}
-
-    def find_class(self, module, name):
-        if name not in self.ALLOWED.get(module, ()):
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no index of a checkpoint needs")
-        return super().find_class(module, name)
-
-
-class Reader(dcp.FileSystemReader):
-    """Reads a checkpoint that may come from anyone: the index as above, and no file outside the folder. It is read once."""
-    def __init__(self, folder):
-        super().__init__(folder)
-        try:
-            with open(Path(folder) / ".metadata", "rb") as file:
-                self.index = Index(file).load()
-            files = {info.relative_path for info in self.index.storage_data.values()}
-        except Exception as error:                         # a hostile or damaged pickle can end in any of them
-            raise ValueError(f"{folder}/.metadata is no index of a checkpoint ({error}); name another step folder") from error
-        if strange := [file for file in files if Path(file).name != file]:
-            raise ValueError(f"{folder}/.metadata names {strange[0]!r}; a checkpoint has its files in its own folder")
-
-    def read_metadata(self, *args, **kwargs):
-        return self.index
-
-
-class Planner(DefaultLoadPlanner):
-    """Numbers beside the tensors (AdamW's flags) are pickles that torch would read with weights_only=False: only what passes with True gets there."""
-    def load_bytes(self, read_item, value):
-        torch.load(value, weights_only=True)
-        value.seek(0)
-        super().load_bytes(read_item, value)
-
-
 def load_checkpoint(folder, policy, optimizer, ema, meta):
     """
     Fill policy, optimizer and ema from a checkpoint, written on any number of ranks. Returns the step it was written after, and how many in a row were skipped
@@ -281,25 +230,6 @@ def load_checkpoint(folder, policy, optimizer, ema, meta):
     if ema is not None:
         set_model_state_dict(ema, state["ema"])
     return saved["step"], saved.get("skipped", 0)
-
-
-def stored_weights(folder, ema):
-    """
-    The weights in a checkpoint (ema: the average, where the run kept one), written on any number of ranks, for one process without a process group.
-
-    Returns {name: meta tensor}, read(name) -> the whole tensor, which is put together from the shards when it is asked for, one at a time.
-    """
-    reader = Reader(folder)
-    found = reader.index.state_dict_metadata
-    part = "ema." if ema and any(name.startswith("ema.") for name in found) else "model."
-    stored = {name.removeprefix(part): tensor for name, tensor in found.items() if name.startswith(part)}
-
-    def read(name):
-        state = {part + name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype)}
-        dcp.load(state, storage_reader=reader, planner=Planner(), no_dist=True)
-        return state[part + name]
-
-    return {name: torch.empty(tensor.size, dtype=tensor.properties.dtype, device="meta") for name, tensor in stored.items()}, read
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -363,3 +293,53 @@ def score_reference(path, key, errors, steps, batch_size, score, positions, rank
     if steps:
         write()
     dist.barrier()
+
+# ------------------------------------------------------------------------------------------------------------------
+# a row of the log
+
+def diagnostics(m):
+    """
+    What the four errors say beside the loss (how to read it: README). m {name: (B,)} -> {name: (B,)}; the mean over pairs makes shares of ones and zeros.
+    """
+    right = (m["margin"] > 0).float()
+    found = {"accuracy_strict": right, "margin_abs": m["margin"].abs()}
+    if "err_win" in m:
+        found |= {"win_ratio": m["err_win"] / m["ref_err_win"], "lose_ratio": m["err_lose"] / m["ref_err_lose"],
+                  "gap_mean": (m["win_gap"] + m["lose_gap"]) / 2, "win_gap_positive": (m["win_gap"] > 0).float(),
+                  "win_worse_though_right": right * (m["win_gap"] > 0), "loser_driven": right * (m["lose_gap"] > -m["win_gap"])}
+    return found | ({"saturated": (m["margin"].abs() > 5).float()} if "dgr" in m else {})    # a margin with beta in it
+
+
+BINS = 4                                                                      # of sigma, for the curves by noise level
+
+
+BINNED = ("err_win", "win_gap", "lose_gap", "margin", "accuracy")
+
+
+def add_up(sums, metrics, sigma):
+    """Add one micro-batch's metrics (B,) to the running sums {name: float}, overall and by bin of sigma."""
+    bins = (sigma * BINS).long().clamp(max=BINS - 1)
+    for name, values in (metrics | {"pairs": torch.ones_like(sigma)}).items():
+        sums[name] = sums.get(name, 0.0) + values.sum().item()
+        if name in BINNED or name == "pairs":
+            for i in range(BINS):
+                sums[f"{name}/{i}"] = sums.get(f"{name}/{i}", 0.0) + values[bins == i].sum().item()
+
+
+def summarise(sums, margins, device):
+    """
+    Sums of every rank -> means over all pairs of the step, in one all-reduce. Curves by sigma become lists under "by_sigma" (null where no pair fell).
+    margins: list of this rank's; the smallest and the largest of all ranks' go into the row, since a mean hides the one pair that has run away.
+    """
+    names = sorted(sums)
+    sums = dict(zip(names, total([sums[name] for name in names], device)))
+    row = {name: value / sums["pairs"] for name, value in sums.items() if "/" not in name}
+    row["by_sigma"] = {name: [sums[f"{name}/{i}"] / sums[f"pairs/{i}"] if sums[f"pairs/{i}"] else None for i in range(BINS)]
+                       for name in BINNED if name in sums}
+    for name in {"win_worse_though_right", "loser_driven"} & sums.keys():     # shares of the pairs that count as right
+        row[name] = sums[name] / max(1, sums["accuracy_strict"])
+    if margins:
+        row["margin_min"], row["margin_max"] = extremes(margins, device)
+    if "kept" in sums:                                                        # dpo_cm averages over the pairs it kept
+        row["loss"] *= sums["pairs"] / max(1, sums["kept"])
+    return row, sums

@@ -1,9 +1,9 @@
 """
 What a training step needs before it is run, and what it took: memory, FLOPs and seconds of train.py's own step.
 
-    python bench.py --plan --ranks 8                                                        # 14B: the first flags with which 81 frames at 480 x 832 fit
-    python bench.py --plan --ranks 8 --frames 81 --size 720 1280 --backward pair --checkpointing full          # these flags of train.py
-    python bench.py --model tiny --checkpointing off + --checkpointing full                 # measured: starts train.py, once for each "+"-separated set of flags
+    python benchmarks/bench.py --plan --ranks 8                                                        # 14B: the first flags with which 81 frames at 480 x 832 fit
+    python benchmarks/bench.py --plan --ranks 8 --frames 81 --size 720 1280 --backward pair --checkpointing full          # these flags of train.py
+    python benchmarks/bench.py --model tiny --checkpointing off + --checkpointing full                 # measured: starts train.py, once for each "+"-separated set of flags
     python benchmarks/ladder.py                                                             # the longest video that fits, with one technique after the other
 
 A plan needs no GPU: the real step (train.py, fsdp_utils.py, model.py) runs on fake tensors in a fake process group, while every live storage is counted.
@@ -26,11 +26,13 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from data import write_sample
-from model import CONFIGS, WanModel, save_wan
-from tracker import conditions, extrapolate, step_args, token_count
-
 HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+from data import write_sample
+from model import CONFIGS, WanModel
+from weights import save_wan
+from dry_run import conditions, extrapolate, step_args, token_count
+
 STRIDES = {12: (1, 4, 4), 16: (4, 8, 8), 48: (4, 16, 16)}     # channels of the latents: pixels a latent along frames, height and width (12: the embedded world)
 CLIPS = {12: (8, 32, 32), 16: (81, 480, 832), 48: (121, 704, 1280)}                            # what a model is sampled at: frames, height, width
 
@@ -189,7 +191,7 @@ def measure(folder, model, flags, ranks, batch_size):
     """The rows of log.jsonl of the timed steps of a run of train.py with these flags, or the last line that it printed if it ended before them."""
     out = Path(tempfile.mkdtemp(dir=folder))
     launch = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"] if ranks > 1 else []
-    command = [sys.executable, *launch, str(HERE / "train.py"), "--model", model, "--init", str(folder / "weights"), "--data", str(folder / "data"),
+    command = [sys.executable, *launch, str(HERE.parent / "train.py"), "--model", model, "--init", str(folder / "weights"), "--data", str(folder / "data"),
                "--out", str(out / "run"), "--steps", str(WARM + TIMED + 1), "--batch_size", str(batch_size), "--ema_decay", "0", *flags]
     rows, path = [], out / "run" / "log.jsonl"
     with open(out / "printed", "w") as printed:
@@ -280,7 +282,7 @@ def main(argv):
         make_plan(args, tuple(flags))
     else:
         commit = subprocess.run(["git", "-C", str(HERE), "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-        print(f"python bench.py {' '.join(argv)}: commit {commit}, torch {torch.__version__}, Python {platform.python_version()}")
+        print(f"python benchmarks/bench.py {' '.join(argv)}: commit {commit}, torch {torch.__version__}, Python {platform.python_version()}")
         time_runs(args, [run.split() for run in " ".join(flags).split("+")] if flags else [run.split() for run in MEASURED])
 
 

@@ -6,7 +6,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 from model import WanConfig
-from tracker import Live, extrapolate, simulate
+from dry_run import Live, extrapolate, simulate
 
 SMALL = WanConfig(dim=128, ffn_dim=512, num_heads=8, num_layers=4, in_dim=16, out_dim=16, text_dim=64, text_len=8)
 SHAPE = (16, 4, 16, 16)                                   # 256 tokens

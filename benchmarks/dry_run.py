@@ -10,9 +10,11 @@ import functools
 import gc
 import math
 import os
+import sys
 import weakref
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -25,7 +27,9 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry, sdpa_backward_flop_count, sdpa_flop_count
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import fsdp_utils
+import memory
 import train
 from model import WanModel
 
@@ -150,7 +154,7 @@ def simulate(flags, config, shape, world, fake=True):
 
     The tensors lie on the CPU, where nothing has to be copied to be offloaded: what would be on the host carries the tag "host". fake=False runs on real ones.
     """
-    args, live, pack = step_args(flags, world), Live(), fsdp_utils.Offload.pack
+    args, live, pack = step_args(flags, world), Live(), memory.Offload.pack
     args.out = os.devnull                                                                      # which holds no earlier run
 
     def pack_on_host(offload, x):                                                              # it makes nothing but the buffer
@@ -162,7 +166,7 @@ def simulate(flags, config, shape, world, fake=True):
         for change in (patch.dict(os.environ, WORLD_SIZE=str(world), LOCAL_RANK="0"), patch("torch.cuda.is_available", lambda: False), patch("model.ONEDNN", False),
                        patch.object(nn.Module, "to", lambda self, *_: self),                   # fake parameters cannot be swapped, and are where they belong
                        patch.object(WanModel, "init_weights", lambda self: None), patch.object(nn.Linear, "reset_parameters", lambda self: None),
-                       patch.object(fsdp_utils, "matrix_dtype", lambda _: torch.bfloat16), patch.object(fsdp_utils.Offload, "pack", pack_on_host)):
+                       patch.object(fsdp_utils, "matrix_dtype", lambda _: torch.bfloat16), patch.object(memory.Offload, "pack", pack_on_host)):
             stack.enter_context(change)
         dist.init_process_group("fake", rank=0, world_size=world, store=FakeStore())
         stack.callback(dist.destroy_process_group)

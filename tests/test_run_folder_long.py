@@ -16,10 +16,11 @@ import torch
 import train
 from data import open_data, read_sample, sample_files, write_sample
 from fsdp_utils import start_ranks
-from model import CONFIGS, WanModel, load_wan, save_wan
-from runs import open_errors, score_reference
+from model import CONFIGS, WanModel
+from weights import load_wan, save_wan
+from run_folder import open_errors, score_reference
 from sample import make_negatives
-from test_runs import argv, base, die_at, finish, start                       # noqa: F401  (base is a fixture)
+from test_run_folder import argv, base, die_at, finish, start                       # noqa: F401  (base is a fixture)
 from test_train import train_main, world                                      # noqa: F401  (likewise)
 
 pytestmark = pytest.mark.slow
