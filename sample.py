@@ -34,7 +34,7 @@ from data import (
 from losses import add_noise, shift_sigma
 from model import hold_first_frame
 from pictures import contact_sheet, mp4
-from weights import BOUNDARIES, find_experts, load_wan, open_wan
+from weights import BOUNDARIES, find_experts, load_wan, locate_weights, open_wan
 
 # As the official command lines do it, by model type; "a14b": two experts. guidance and low_guidance: high-noise and low-noise expert (the official
 # pair is the other way round). 480p where there is a choice: it is what every one of them can do.
@@ -462,8 +462,7 @@ def main(args):
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))              # ranks work alone here: no process group
     cuda = torch.cuda.is_available()
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if not Path(args.init).exists() and (Path(__file__).parent / args.init).exists():
-        args.init = str(Path(__file__).parent / args.init)                    # toy_base, from any folder
+    args.init = locate_weights(args.init)
     high, low = find_experts(args.init)
     config, _ = open_wan(high)
     if low:

@@ -72,9 +72,8 @@ from run_folder import (
     score_reference,
     summarise,
 )
-from weights import check_expert, export, find_checkpoint, find_model
+from weights import check_timesteps, export_weights, find_checkpoint, find_model, locate_weights, refuse_lone_expert
 
-HERE = Path(__file__).resolve().parent
 # Which flags belong to which loss; setting one that the loss does not read is an error, not a silent wish.
 LOSS_FLAGS = {"sft": [], "dpo": ["beta"], "regdpo": ["beta", "r", "r_scale", "r_min"],
               "dpo_cm": ["beta", "threshold", "clip", "weight_steps"], "sdpo": ["beta", "clip", "weight_steps"],
@@ -205,10 +204,8 @@ def check_args(args, ranks):
         raise ValueError("--export_format diffusers: diffusers has no preference model; use original or comfyui")
     args.out = Path(str(args.out).replace("{loss}", args.loss))
     args.resume = check_folder(args.out, args.resume)
-    if args.init != "scratch" and not Path(args.init).exists():
-        if not (HERE / args.init).exists():
-            raise ValueError(f"--init {args.init}: no such file or folder; give a Wan checkpoint, or 'scratch' with --loss sft")
-        args.init = str(HERE / args.init)
+    if args.init != "scratch":
+        args.init = locate_weights(args.init)
     if args.init == "scratch" and args.loss != "sft":
         raise ValueError(f"--init scratch with --loss {args.loss}: a preference needs a model that already generates; train one with --loss sft first")
     args.loss_scale = args.loss_scale or {"sft": 1.0, "linear_dpo": 1.0, "preference": 1.0, "ipo": args.tau}.get(args.loss, 1 / args.beta)
@@ -365,12 +362,15 @@ def main(args):
         if args.out == args.defaults["out"] or (Path(args.out) / "log.jsonl").exists():
             raise ValueError(f"--export {args.export} --out {args.out}: name a new file or folder with --out, which is not a run's own")
         if ranks.rank == 0:
-            export(args, find_checkpoint(Path(args.export).parent, args.export, "--export"), args.out)
+            checkpoint = find_checkpoint(Path(args.export).parent, args.export, "--export")
+            export_weights(checkpoint, args.out, args.export_format, getattr(torch, args.export_dtype), "auto" if args.ema_decay else "policy")
         return dist.destroy_process_group()
     check_args(args, ranks)
     talk = print if ranks.rank == 0 else lambda *a, **k: None
-    config = find_model(args)                                                 # another size or a damaged file: it says so before anything is made
-    check_expert(args)
+    config, args.model, expert = find_model(args.init, args.model)            # another size or a damaged file: it says so before anything is made
+    check_timesteps(args.model, expert, args.min_timestep, args.max_timestep, args.init)
+    if args.sample_every:
+        refuse_lone_expert(args.model, args.init, "--sample_every")
     needs_pairs = args.loss != "sft"
     per_rank = args.batch_size // (ranks.data_ranks * args.grad_accum)
     if config.num_heads % args.cp_size:
@@ -531,7 +531,7 @@ def main(args):
     # ---------------- what came out
     signals.close()
     if ranks.rank == 0:
-        export(args, checkpoint, args.out / ("export.safetensors" if args.export_format == "comfyui" else "export"))
+        export_weights(checkpoint, args.out / ("export.safetensors" if args.export_format == "comfyui" else "export"), args.export_format, getattr(torch, args.export_dtype))
     if evaluated and trained.scores:
         pairs, sigmas = held_out_pairs(args, config, ranks, args.eval_clips), (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
         right = Probe(pairs, both, policy, sigmas, ranks, 64)(policy if ema is None else ema, 1.0)["accuracy"]

@@ -38,9 +38,8 @@ from memory import checkpoint_blocks, memory_gib
 from model import WanModel
 from run_folder import Signals, append_row, begin_log, check_folder, load_checkpoint, report_skipped
 from sample import KERNELS, log_density, sigma_grid, step_coefficients, step_distribution
-from weights import open_wan, save_wan, stored_weights
+from weights import export_weights, locate_weights, open_wan
 
-HERE = Path(__file__).resolve().parent
 LARGEST_WEIGHT = 10.0                                                         # of --step_weight inverse; the first of 20 steps would have 30
 
 
@@ -120,11 +119,9 @@ def check_args(args, ranks):
                          f"take a multiple of {ranks.data_ranks * args.grad_accum}")
     args.out = Path(args.out)
     args.resume = check_folder(args.out, args.resume)
-    for flag, path in (("init", args.init), ("score", args.score)):
-        if path != "toy" and not Path(path).exists():
-            if not (HERE / path).exists():
-                raise ValueError(f"--{flag} {path}: no such file or folder")
-            setattr(args, flag, str(HERE / path))                             # toy_base, from any folder
+    args.init = locate_weights(args.init)
+    if args.score != "toy":
+        args.score = locate_weights(args.score, "--score")
 
 
 def check_score(path, found, config):
@@ -449,9 +446,7 @@ def main(args):
     # ---------------- what came out
     signals.close()
     if ranks.rank == 0:
-        weights, read = stored_weights(checkpoint, ema=ema is not None)
-        save_wan(weights, args.out / "export", config=config, read=read)
-        print(f"weights in {args.out / 'export'}; other formats: python train.py --export {checkpoint} --export_format ... --out ...")
+        export_weights(checkpoint, args.out / "export")
     if held_out:
         evaluate("after", policy if ema is None else ema)
         if ranks.rank == 0:

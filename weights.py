@@ -266,53 +266,95 @@ def save_wan(model, path, format="original", config=None, dtype=None, max_shard_
 # ------------------------------------------------------------------------------------------------------------------
 # which variant or expert
 
-BOUNDARIES = {"wan2.2-t2v-a14b": 875.0, "wan2.2-i2v-a14b": 900.0}    # timesteps from here up are the high-noise expert's
+HERE = Path(__file__).resolve().parent
+BOUNDARIES = {"wan2.2-t2v-a14b": 875.0, "wan2.2-i2v-a14b": 900.0}    # the high-noise expert samples from this timestep up
+EXPERTS = (("high_noise_model", "low_noise_model"), ("transformer", "transformer_2"))    # high, low: original, diffusers
 
 
-def find_model(args):
-    """The WanConfig of --model, or for 'auto' of what --init holds; args.model becomes its name. Whatever is wrong with the files is said here."""
-    if args.init == "scratch":
-        args.model = "tiny" if args.model == "auto" else args.model
-        return CONFIGS[args.model]
-    path = Path(args.init).absolute()
+def locate_weights(path, flag="--init"):
+    """The path as it is given, or else inside this repository (toy_base, from any folder), as text. ValueError if neither exists."""
+    for candidate in (Path(path), HERE / path):
+        if candidate.exists():
+            return str(candidate)
+    raise ValueError(f"{flag} {path}: no such file or folder; give a Wan checkpoint, as a folder or a .safetensors file")
+
+
+def expert_of(path):
+    """Which expert a folder or file is by its name: "high", "low", or "" where the name does not say."""
+    path = Path(path).absolute()
+    of_diffusers = (path.parent / "transformer_2").is_dir()
+    if "high_noise" in path.name or path.name == "transformer" and of_diffusers:
+        return "high"
+    if "low_noise" in path.name or path.name == "transformer_2":
+        return "low"
+    return ""
+
+
+def find_model(path, name="auto"):
+    """
+    Tell which model the weights at `path` are, from names and shapes. "scratch": preset `name` (auto: tiny), to be drawn.
+
+    Returns config, preset name, expert. A model without a preset has a description for a name. expert is "high" or "low" for
+    one of the two experts of an A14B model, and "" for other models and where the path does not say. An expert of T2V-A14B has
+    the tensors of Wan2.1-T2V-14B, so there the path decides. ValueError, naming --model and --init, where the files are
+    damaged, do not fit together, or are not those of preset `name`.
+    """
+    if path == "scratch":
+        name = "tiny" if name == "auto" else name
+        return CONFIGS[name], name, ""
+    flags = f"--init {path}" if name == "auto" else f"--model {name} --init {path}"
     try:
-        config, _ = open_wan(path, None if args.model == "auto" else CONFIGS[args.model])
+        config, _ = open_wan(path, None if name == "auto" else CONFIGS[name])
     except ValueError as error:
-        raise ValueError(f"--model {args.model} --init {args.init}: {error}") from error
-    one_of_two = "_noise" in path.name or path.name.startswith("transformer") and (path.parent / "transformer_2").is_dir()
-    presets = [name for name, known in CONFIGS.items() if known == config]    # two: an expert of T2V-A14B looks like Wan2.1-T2V-14B
-    experts = [name for name in presets if name in BOUNDARIES and one_of_two]
-    found = (experts or presets or [f"{config.model_type} of width {config.dim}, {config.num_layers} blocks"])[0]
-    if experts and args.model not in ("auto", found):
-        raise ValueError(f"--model {args.model} --init {args.init}: by its name this is an expert of {found}; leave out --model, or rename the folder")
-    args.model = found if args.model == "auto" else args.model
-    return config
+        raise ValueError(f"{flags}: {error}") from error
+    expert = expert_of(path)
+    presets = [preset for preset, preset_config in CONFIGS.items() if preset_config == config]
+    if expert:
+        presets.sort(key=lambda preset: preset not in BOUNDARIES)                # stable: models of two experts come first
+    preset = presets[0] if presets else f"{config.model_type} of width {config.dim}, {config.num_layers} blocks"
+    if name not in ("auto", preset):
+        if expert and preset in BOUNDARIES:
+            raise ValueError(f"{flags}: by its name this is an expert of {preset}; leave out --model, or rename the folder")
+        preset = name
+    return config, preset, expert if preset in BOUNDARIES else ""
 
 
-def check_expert(args):
-    """An expert of A14B is trained at the timesteps (after the shift) at which a sampler asks it, and no others. Raises ValueError."""
-    if args.model in BOUNDARIES:
-        name, boundary = Path(args.init).absolute().name, BOUNDARIES[args.model]
-        high, low = "high_noise" in name or name == "transformer", "low_noise" in name or name == "transformer_2"
-        sides = [(boundary, 1000)] * (not low) + [(0, boundary)] * (not high)
-        if not any(first <= args.min_timestep and args.max_timestep <= last for first, last in sides):
-            raise ValueError(f"--min_timestep {args.min_timestep:g} --max_timestep {args.max_timestep:g}: --init {args.init} is one of the two experts of {args.model} "
-                             f"and samples only at timesteps {' or '.join(f'{first:g} to {last:g}' for first, last in sides)}, after the shift; train it there")
-        if args.sample_every:
-            raise ValueError(f"--sample_every: one expert of {args.model} cannot sample alone; run sample.py on a folder with the export and the other expert")
+def check_timesteps(preset, expert, min_timestep, max_timestep, path):
+    """
+    An expert of A14B is trained at the timesteps (after the shift) at which it samples, and no others: the high-noise expert at
+    the boundary and above, the low-noise expert below. Where `expert` is "", either side will do, but not both. ValueError
+    names the flags. Models without experts may be trained anywhere.
+    """
+    if preset not in BOUNDARIES:
+        return
+    boundary = BOUNDARIES[preset]
+    ranges = {"high": [(boundary, 1000)], "low": [(0, boundary)], "": [(boundary, 1000), (0, boundary)]}[expert]
+    if not any(first <= min_timestep and max_timestep <= last for first, last in ranges):
+        expected = " or ".join(f"{first:g} to {last:g}" for first, last in ranges)
+        raise ValueError(f"--min_timestep {min_timestep:g} --max_timestep {max_timestep:g}: --init {path} is one of the two experts of "
+                         f"{preset} and samples only at timesteps {expected}, after the shift; train it there")
 
 
-EXPERTS = (("high_noise_model", "low_noise_model"), ("transformer", "transformer_2"))                # original and diffusers folders: high, low
+def refuse_lone_expert(preset, path, flag="--init"):
+    """ValueError if weights of this preset (see find_model) are one expert of two: what samples, or rolls out, needs both."""
+    if preset in BOUNDARIES:
+        raise ValueError(f"{flag}: one expert of {preset} cannot sample alone, and {path} is one; run sample.py on a folder that "
+                         "holds both, as high_noise_model/ and low_noise_model/")
 
 
 def find_experts(path):
-    """--init -> weights of the model, or of the high-noise expert; weights of the low-noise expert or None."""
+    """
+    Weights to sample with, from --init: (model, None), or (high-noise expert, low-noise expert) of a folder that holds both.
+    ValueError for one expert alone.
+    """
     path = Path(path)
     for high, low in EXPERTS:
-        if path.name in (high, low) and (path.parent / low).is_dir():
-            raise ValueError(f"--init {path}: one of two experts, which sample together; give {path.parent}")
+        whole = path.absolute()
+        if whole.name in (high, low) and (whole.parent / low).is_dir():
+            raise ValueError(f"--init {path}: one of two experts, which sample together; give {whole.parent}")
         if (path / low).is_dir():
             return path / high, path / low
+    refuse_lone_expert(find_model(path)[1], path)
     return path, None
 
 
@@ -357,16 +399,20 @@ class Planner(DefaultLoadPlanner):
         super().load_bytes(read_item, value)
 
 
-def stored_weights(folder, ema):
+def stored_weights(folder, which="auto"):
     """
-    The weights in a checkpoint (ema: the average, where the run kept one), written on any number of ranks, for one process without a process group.
+    Open the weights in a step folder, written on any number of ranks, in one process without a process group.
 
-    Returns {name: meta tensor}, read(name) -> the whole tensor, which is put together from the shards when it is asked for, one at a time.
+    which: "policy", "ema" (the average; ValueError where the run kept none), or "auto", the average where there is one.
+    Returns {name: meta tensor}, read(name) -> the whole tensor, assembled from the shards when it is asked for.
     """
     reader = Reader(folder)
-    found = reader.index.state_dict_metadata
-    part = "ema." if ema and any(name.startswith("ema.") for name in found) else "model."
-    stored = {name.removeprefix(part): tensor for name, tensor in found.items() if name.startswith(part)}
+    entries = reader.index.state_dict_metadata
+    has_average = any(name.startswith("ema.") for name in entries)
+    if which == "ema" and not has_average:
+        raise ValueError(f"{folder}: the run kept no average (--ema_decay 0); export its policy")
+    part = "ema." if has_average and which != "policy" else "model."
+    stored = {name.removeprefix(part): tensor for name, tensor in entries.items() if name.startswith(part)}
 
     def read(name):
         state = {part + name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype)}
@@ -392,9 +438,10 @@ def find_checkpoint(out, resume, flag="--resume"):
     return folder
 
 
-def export(args, checkpoint, path):
-    """A step folder, written on any number of ranks, as public weights at `path`. Reads and writes one tensor at a time."""
-    found = json.loads((checkpoint / "meta.json").read_text())["config"]
-    weights, read = stored_weights(checkpoint, ema=args.ema_decay > 0)
-    save_wan(weights, path, args.export_format, WanConfig(**found | {"patch_size": tuple(found["patch_size"])}), getattr(torch, args.export_dtype), read=read)
+def export_weights(checkpoint, path, format="original", dtype=torch.float32, which="auto"):
+    """Write the weights in a step folder (which: see stored_weights) as public weights at `path`, one tensor at a time."""
+    config = json.loads((checkpoint / "meta.json").read_text())["config"]
+    config = WanConfig(**config | {"patch_size": tuple(config["patch_size"])})
+    weights, read = stored_weights(checkpoint, which)
+    save_wan(weights, path, format, config, dtype, read=read)
     print(f"weights in {path}")

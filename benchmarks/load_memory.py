@@ -87,7 +87,7 @@ def load(rank, world, port, init, saved=""):
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     ranks, args = start_ranks(), train.parse_args(["--init", init, "--loss", "sft"])
-    config = weights.find_model(args) if init != "scratch" else config_of(1)
+    config = weights.find_model(init)[0] if init != "scratch" else config_of(1)
     found, models = {}, []
     for part, options in (("policy", {}), ("reference, offloaded", {"offload": True}), ("average", {})):
         with Peak() as peak:
@@ -105,7 +105,7 @@ def load(rank, world, port, init, saved=""):
 def export(folder):
     """Peak RssAnon, in bytes, of writing the average in folder/step as one ComfyUI file."""
     with Peak() as peak, contextlib.redirect_stdout(None):
-        weights.export(train.parse_args(["--export_format", "comfyui"]), Path(folder, "step"), Path(folder, "export.safetensors"))
+        weights.export_weights(Path(folder, "step"), Path(folder, "export.safetensors"), "comfyui")
     return peak.anonymous
 
 

@@ -1,9 +1,8 @@
 """Previews of data that is not of the embedded world: the same noise each time, real, before and now beside each other."""
 import pytest
 import torch
-from test_train import SHAPE, run, world                                       # noqa: F401: a fixture
+from test_train import SHAPE, main_fails, run, world                           # noqa: F401: a fixture
 
-import train
 import weights
 from data import open_data, read_sample, sample_files, write_sample
 from model import CONFIGS
@@ -43,7 +42,6 @@ def test_previews_are_spread_over_the_data_and_of_one_shape(tmp_path):
     assert [sample["latents"].mean().item() for sample in samples] == [1.0, 4.0]
 
 
-def test_an_expert_of_two_cannot_be_previewed_alone(monkeypatch):
+def test_an_expert_of_two_cannot_be_previewed_alone(world, tmp_path, monkeypatch):      # noqa: F811
     monkeypatch.setitem(weights.BOUNDARIES, "tiny", 875)
-    with pytest.raises(ValueError, match="--sample_every: one expert of tiny cannot sample alone"):
-        train.check_expert(train.parse_args(["--model", "tiny", "--sample_every", "5", "--min_timestep", "900"]))
+    assert "--sample_every: one expert of tiny cannot sample alone" in main_fails(world, tmp_path, "--sample_every", "5", "--min_timestep", "900")

@@ -187,7 +187,7 @@ def save_steps(out, first, last, change=0):
 def whole(out):
     """The step that `latest` names, which must be whole, as must be all that have the name of a checkpoint; 0 if there is none."""
     for folder in out.glob("step_*"):
-        weights, read = stored_weights(folder, ema=False)
+        weights, read = stored_weights(folder, "policy")
         assert {value for name in weights for value in (read(name).min().item(), read(name).max().item())} == {float(folder.name[5:])}
     return int(Path(find_checkpoint(out, "latest")).name[5:]) if (out / "latest").exists() else 0
 
@@ -271,7 +271,7 @@ def test_a_full_disk_is_named_and_the_last_whole_checkpoint_stays_alone(tmp_path
     for message in on_ranks(ranks, save_on_a_full_disk, tmp_path / "out", 3):
         assert "step_000003 could not be written" in message and "Make room" in message and "latest names, is whole" in message
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["latest", "step_000002"]
-    assert stored_weights(find_checkpoint(tmp_path / "out", "latest"), ema=False)
+    assert stored_weights(find_checkpoint(tmp_path / "out", "latest"))
 
 
 def test_a_log_that_cannot_be_written_is_named(tmp_path):
@@ -546,7 +546,7 @@ def test_an_index_that_calls_anything_is_refused_before_it_is_called(stranger):
     for content, words in ((pickle.dumps(Evil(owned)), "posix.mkdir"), (pickle.dumps({"a": eval}), "builtins.eval"), (b"", "Ran out of input"), (b"\x80\x04K\x01.", "no index"),
                            (b"\x80\x04\x8c\x25torch.distributed.checkpoint.metadata\x8c\x11Metadata.__init__\x93.", "Metadata.__init__")):
         (folder / ".metadata").write_bytes(content)
-        for use in (resume_from, lambda folder: refusal(stored_weights, folder, False)):
+        for use in (resume_from, lambda folder: refusal(stored_weights, folder)):
             message = use(folder) if use is not resume_from else on_ranks(1, resume_from, folder)[0]
             assert words in message and str(folder) in message, message
     assert not owned.exists()
@@ -563,7 +563,7 @@ def test_an_index_that_names_files_elsewhere_is_refused(stranger):
     for info in index.storage_data.values():
         info.relative_path = "../../secret"
     (stranger[0] / ".metadata").write_bytes(pickle.dumps(index))
-    assert "'../../secret'" in refusal(stored_weights, stranger[0], False)
+    assert "'../../secret'" in refusal(stored_weights, stranger[0])
 
 
 def test_a_pickle_among_the_numbers_of_a_checkpoint_is_not_called(stranger, tmp_path):

@@ -1,6 +1,4 @@
 """What train.py needs for the public models beside the embedded world: variants, conditions, experts, loading sharded, exports. Small models of every type."""
-import dataclasses
-import json
 import shutil
 from pathlib import Path
 
@@ -13,10 +11,10 @@ import model as model_file
 import train
 import weights
 from benchmarks import load_memory
-from data import check_samples, draw, open_data, write_sample
+from data import draw, open_data, write_sample
 from make_golden import CASES
-from model import CONFIGS, WanConfig, WanModel
-from weights import load_wan, rename, save_wan, DIFFUSERS_NAMES
+from model import WanConfig, WanModel
+from weights import load_wan, save_wan
 from test_train import POOLS, main_fails, run, same_run, world                # `world`: the fixture of a tiny text-to-video model
 
 MODELS = {"i2v": CASES["i2v-clip"], "flf2v": CASES["flf2v"], "i2v-a14b": CASES["i2v-a14b"],
@@ -145,70 +143,6 @@ def test_the_clean_frame_of_ti2v_counts_neither_in_the_error_nor_in_what_it_is_d
     assert torch.allclose(train.flow_errors(Recorder(MODELS["ti2v"]), text)[0], (inputs["noise"] - inputs["latents"]).square().flatten(1).mean(1), rtol=1e-6)
 
 
-# ---------------------------------------------------------------------------------------------------------------------------------
-# which model
-
-def found(*flags):
-    args = train.parse_args(list(flags))
-    config = train.find_model(args)
-    train.check_expert(args)
-    return args.model, config
-
-
-def test_the_model_is_found_from_its_checkpoint(worlds):
-    assert found("--init", str(Path(train.HERE / "toy_base"))) == ("tiny", CONFIGS["tiny"])
-    assert found("--init", "scratch") == ("tiny", CONFIGS["tiny"])
-    assert found("--init", "scratch", "--model", "wan2.1-t2v-1.3b") == ("wan2.1-t2v-1.3b", CONFIGS["wan2.1-t2v-1.3b"])
-    for name, config in MODELS.items():
-        title = f"{config.model_type} of width {config.dim}, 2 blocks"
-        assert found("--init", str(worlds[name] / "base")) == (title, config)
-
-
-@pytest.fixture
-def experts(tmp_path, monkeypatch):
-    """Small stand-ins: T2V-A14B's experts look like Wan2.1-T2V-14B, I2V-A14B's like no other model."""
-    for preset, name in (("wan2.1-t2v-14b", "t2v"), ("wan2.2-t2v-a14b", "t2v"), ("wan2.2-i2v-a14b", "i2v-a14b")):
-        monkeypatch.setitem(CONFIGS, preset, CASES[name])
-    t2v, i2v = (WanModel(CASES[name]) for name in ("t2v", "i2v-a14b"))
-    for folder in ("T2V/high_noise_model", "T2V/low_noise_model", "Wan2.1-T2V-14B", "Wan2.1-Diffusers/transformer"):
-        save_wan(t2v, tmp_path / folder)
-    save_wan(t2v, tmp_path / "wan2.2_t2v_low_noise_14B_fp16.safetensors", "comfyui")
-    for folder in ("transformer", "transformer_2"):
-        save_wan(i2v, tmp_path / "I2V" / folder, "diffusers")
-    save_wan(i2v, tmp_path / "mine")
-    return tmp_path
-
-
-@pytest.mark.parametrize("init, model, lowest, highest", [
-    ("T2V/high_noise_model", "wan2.2-t2v-a14b", 875, 1000), ("T2V/low_noise_model", "wan2.2-t2v-a14b", 0, 875),
-    ("wan2.2_t2v_low_noise_14B_fp16.safetensors", "wan2.2-t2v-a14b", 0, 875), ("I2V/transformer", "wan2.2-i2v-a14b", 900, 1000),
-    ("I2V/transformer_2", "wan2.2-i2v-a14b", 0, 900)])
-def test_an_expert_is_known_by_its_name_and_trained_on_its_side_of_the_boundary_only(experts, init, model, lowest, highest):
-    inside = (max(lowest, 1), min(highest, 999))
-    for low, high in ((lowest, highest), inside):
-        assert found("--init", str(experts / init), "--min_timestep", str(low), "--max_timestep", str(high))[0] == model
-        assert found("--model", model, "--init", str(experts / init), "--min_timestep", str(low), "--max_timestep", str(high))[0] == model
-    for low, high in ((0, 1000), (600, 1000), (lowest - 1 if lowest else 0, highest if lowest else highest + 1), (0, lowest) if lowest else (highest, 1000)):
-        with pytest.raises(ValueError, match=f"one of the two experts of {model} and samples only at timesteps {lowest} to {highest}, after the shift"):
-            found("--init", str(experts / init), "--min_timestep", str(low), "--max_timestep", str(high))
-
-
-def test_a_model_of_two_experts_whose_name_says_nothing_may_not_straddle_the_boundary(experts):
-    for flags in (("--init", str(experts / "mine")), ("--init", str(experts / "Wan2.1-T2V-14B"), "--model", "wan2.2-t2v-a14b")):
-        assert found(*flags, "--min_timestep", "900")[0] in weights.BOUNDARIES and found(*flags, "--min_timestep", "0", "--max_timestep", "875")
-        with pytest.raises(ValueError, match=r"--min_timestep 600 --max_timestep 1000: .* samples only at timesteps (875|900) to 1000 or 0 to (875|900)"):
-            found(*flags)
-
-
-def test_wan_2_1_is_not_taken_for_an_expert_nor_an_expert_for_it(experts):
-    for init in ("Wan2.1-T2V-14B", "Wan2.1-Diffusers", "Wan2.1-Diffusers/transformer"):
-        assert found("--init", str(experts / init))[0] == "wan2.1-t2v-14b"
-    with pytest.raises(ValueError, match="--model wan2.1-t2v-14b --init .*high_noise_model: by its name this is an expert of wan2.2-t2v-a14b"):
-        found("--model", "wan2.1-t2v-14b", "--init", str(experts / "T2V" / "high_noise_model"))
-    with pytest.raises(ValueError, match="--model auto --init .*T2V holds two experts: give .*high_noise_model"):
-        found("--init", str(experts / "T2V"))
-
-
 @pytest.mark.parametrize("sampling", ["uniform", "logit_normal"])
 @pytest.mark.parametrize("low, high", [(875, 1000), (0, 900)])
 def test_every_timestep_that_reaches_an_expert_is_inside_its_range(worlds, sampling, low, high):
@@ -331,7 +265,7 @@ def test_the_end_of_training_writes_the_format_that_was_asked_for(worlds, traine
     train.main(train.parse_args(argv))                                        # resumed at its end, it has no step left to do
     names = set(load_file(tmp_path / "out" / "export.safetensors"))
     assert names == {"model.diffusion_model." + name for name in load_wan(trained / "export").state_dict()}
-    assert train.find_model(train.parse_args(["--init", str(tmp_path / "out" / "export.safetensors")])) == MODELS["i2v"]
+    assert weights.find_model(tmp_path / "out" / "export.safetensors")[0] == MODELS["i2v"]
 
 
 def test_an_export_that_cannot_be_is_refused(trained, tmp_path):

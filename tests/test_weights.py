@@ -15,7 +15,18 @@ from safetensors.torch import load_file, save_file
 import weights
 from make_golden import CASES, make_case
 from model import CONFIGS, WanConfig, WanModel
-from weights import DIFFUSERS_NAMES, expected_shapes, load_wan, open_wan, rename, save_wan
+from weights import (
+    DIFFUSERS_NAMES,
+    check_timesteps,
+    expected_shapes,
+    find_experts,
+    find_model,
+    load_wan,
+    locate_weights,
+    open_wan,
+    rename,
+    save_wan,
+)
 
 PUBLIC = json.loads((Path(__file__).parent / "wan_keys.json").read_text())    # from the lists of the released files
 
@@ -317,3 +328,98 @@ def test_save_wan_refuses_an_unknown_format_and_weights_that_do_not_fit(tiny, tm
     with pytest.raises(ValueError, match=r"nothing was written\): tensor head.modulation is missing, expected \(1, 2, 128\) in tiny"):
         save_wan(state, tmp_path, config=tiny.config)
     assert not list(tmp_path.iterdir())
+
+
+# ---------------------------------------------------------------------------------------------------------------------------------
+# which model, and which expert
+
+def find_and_check(path, model="auto", min_timestep=600.0, max_timestep=1000.0):
+    """As train.py does it, at its default timesteps."""
+    config, preset, expert = find_model(path, model)
+    check_timesteps(preset, expert, min_timestep, max_timestep, path)
+    return config, preset, expert
+
+
+def test_the_model_is_found_from_its_checkpoint(tmp_path):
+    assert find_model(weights.HERE / "toy_base") == (CONFIGS["tiny"], "tiny", "")
+    assert find_model("scratch") == (CONFIGS["tiny"], "tiny", "")
+    assert find_model("scratch", "wan2.1-t2v-1.3b") == (CONFIGS["wan2.1-t2v-1.3b"], "wan2.1-t2v-1.3b", "")
+    for name in ("t2v", "i2v-clip", "flf2v"):
+        config = CASES[name]
+        save_wan(WanModel(config), tmp_path / name)
+        assert find_model(tmp_path / name) == (config, f"{config.model_type} of width {config.dim}, 2 blocks", "")
+    with pytest.raises(ValueError, match="--model tiny --init .*t2v: .*config.json: dim is 72, expected 128"):
+        find_model(tmp_path / "t2v", "tiny")
+
+
+def test_weights_of_this_repository_are_found_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert Path(locate_weights("toy_base")) == weights.HERE / "toy_base"
+    (tmp_path / "toy_base").mkdir()
+    assert locate_weights("toy_base") == "toy_base"                           # the user's own comes first
+    with pytest.raises(ValueError, match="--score nowhere: no such file or folder; give a Wan checkpoint"):
+        locate_weights("nowhere", "--score")
+
+
+@pytest.fixture
+def experts(tmp_path, monkeypatch):
+    """Small twins: T2V-A14B's experts look like Wan2.1-T2V-14B, I2V-A14B's like no other model."""
+    for preset, name in (("wan2.1-t2v-14b", "t2v"), ("wan2.2-t2v-a14b", "t2v"), ("wan2.2-i2v-a14b", "i2v-a14b")):
+        monkeypatch.setitem(CONFIGS, preset, CASES[name])
+    t2v, i2v = (WanModel(CASES[name]) for name in ("t2v", "i2v-a14b"))
+    for folder in ("T2V/high_noise_model", "T2V/low_noise_model", "Wan2.1-T2V-14B", "Wan2.1-Diffusers/transformer", "lone/high_noise_model"):
+        save_wan(t2v, tmp_path / folder)
+    save_wan(t2v, tmp_path / "wan2.2_t2v_low_noise_14B_fp16.safetensors", "comfyui")
+    for folder in ("transformer", "transformer_2"):
+        save_wan(i2v, tmp_path / "I2V" / folder, "diffusers")
+    save_wan(i2v, tmp_path / "mine")
+    return tmp_path
+
+
+@pytest.mark.parametrize("init, model, side, lowest, highest", [
+    ("T2V/high_noise_model", "wan2.2-t2v-a14b", "high", 875, 1000), ("T2V/low_noise_model", "wan2.2-t2v-a14b", "low", 0, 875),
+    ("wan2.2_t2v_low_noise_14B_fp16.safetensors", "wan2.2-t2v-a14b", "low", 0, 875),
+    ("I2V/transformer", "wan2.2-i2v-a14b", "high", 900, 1000), ("I2V/transformer_2", "wan2.2-i2v-a14b", "low", 0, 900)])
+def test_an_expert_is_known_by_its_name_and_trained_on_its_side_of_the_boundary_only(experts, init, model, side, lowest, highest):
+    for name in ("auto", model):
+        for timesteps in ((lowest, highest), (max(lowest, 1), min(highest, 999))):
+            assert find_and_check(experts / init, name, *timesteps)[1:] == (model, side)
+    for timesteps in ((0, 1000), (600, 1000), (lowest - 1 if lowest else 0, highest if lowest else highest + 1), (0, lowest) if lowest else (highest, 1000)):
+        with pytest.raises(ValueError, match=f"one of the two experts of {model} and samples only at timesteps {lowest} to {highest}, after the shift"):
+            find_and_check(experts / init, "auto", *timesteps)
+
+
+def test_a_model_of_two_experts_whose_name_says_nothing_may_not_straddle_the_boundary(experts):
+    for init, model, preset in (("mine", "auto", "wan2.2-i2v-a14b"), ("Wan2.1-T2V-14B", "wan2.2-t2v-a14b", "wan2.2-t2v-a14b")):
+        for timesteps in ((900, 1000), (0, 875)):
+            assert find_and_check(experts / init, model, *timesteps)[1:] == (preset, "")
+        with pytest.raises(ValueError, match=r"--min_timestep 600 --max_timestep 1000: .* samples only at timesteps (875|900) to 1000 or 0 to (875|900)"):
+            find_and_check(experts / init, model)
+
+
+def test_wan_2_1_is_not_taken_for_an_expert_nor_an_expert_for_it(experts):
+    for init in ("Wan2.1-T2V-14B", "Wan2.1-Diffusers", "Wan2.1-Diffusers/transformer"):
+        assert find_and_check(experts / init)[1:] == ("wan2.1-t2v-14b", "")
+    with pytest.raises(ValueError, match="--model wan2.1-t2v-14b --init .*high_noise_model: by its name this is an expert of wan2.2-t2v-a14b"):
+        find_model(experts / "T2V" / "high_noise_model", "wan2.1-t2v-14b")
+    with pytest.raises(ValueError, match="--init .*T2V holds two experts: give .*high_noise_model"):
+        find_model(experts / "T2V")
+
+
+def test_what_samples_gets_both_experts_or_a_model_that_has_none(experts, monkeypatch):
+    assert find_experts(experts / "T2V") == (experts / "T2V/high_noise_model", experts / "T2V/low_noise_model")
+    assert find_experts(experts / "I2V") == (experts / "I2V/transformer", experts / "I2V/transformer_2")
+    assert find_experts(experts / "Wan2.1-T2V-14B") == (experts / "Wan2.1-T2V-14B", None)
+    for init in ("T2V/high_noise_model", "T2V/low_noise_model", "I2V/transformer", "I2V/transformer_2"):
+        with pytest.raises(ValueError, match=f"{init}: one of two experts, which sample together; give {(experts / init).parent}"):
+            find_experts(experts / init)
+    monkeypatch.chdir(experts / "T2V" / "low_noise_model")
+    with pytest.raises(ValueError, match="one of two experts, which sample together; give .*T2V"):
+        find_experts(".")
+
+
+@pytest.mark.parametrize("init, preset", [
+    ("wan2.2_t2v_low_noise_14B_fp16.safetensors", "wan2.2-t2v-a14b"), ("lone/high_noise_model", "wan2.2-t2v-a14b"), ("mine", "wan2.2-i2v-a14b")])
+def test_one_expert_whose_twin_is_not_there_does_not_sample(experts, init, preset):
+    with pytest.raises(ValueError, match=f"--init: one expert of {preset} cannot sample alone, and .*{init} is one; run sample.py on a folder that holds both"):
+        find_experts(experts / init)
