@@ -26,10 +26,15 @@ from data import (
 )
 from fsdp_utils import spread
 from pictures import contact_sheet
-from sample import generate, make_negatives
+from sample import Sampler, generate, make_negatives, missing_negatives, negative_settings
 from weights import load_wan
 
 SHAPE = (toy.CHANNELS, toy.FRAMES, toy.SIDE // toy.BLOCK, toy.SIDE // toy.BLOCK)     # of a clip's latents
+
+
+def sampler_of(args):
+    """The Sampler that a trainer's flags describe."""
+    return Sampler(steps=args.sample_steps, flow_shift=args.flow_shift, guidance=args.guidance)
 
 
 def make_real(folder, count, seed=0, held_out=False):
@@ -61,9 +66,12 @@ def make_set(args, config, ranks, name, count, seed=0, held_out=False, pairs=Tru
         make_real(folder, count, seed, held_out)
     dist.barrier()
     if pairs:
-        model = load_wan(args.init, config).to(ranks.device).eval().requires_grad_(False)    # whole on every rank: each makes its own share
-        make_negatives(model, weights_digest(args.init), folder, steps=args.sample_steps, flow_shift=args.flow_shift, guidance=args.guidance,
-                       rank=ranks.rank, world=ranks.world)
+        sampler = sampler_of(args)
+        settings = negative_settings(weights_digest(args.init), sampler)
+        missing = missing_negatives(folder, settings, rank=ranks.rank, world=ranks.world)
+        if missing:
+            model = load_wan(args.init, config).to(ranks.device).eval().requires_grad_(False)    # whole on every rank: each makes its own share
+            make_negatives(model, missing, settings, sampler, progress=ranks.rank == 0)
         dist.barrier()
     return folder
 
@@ -76,7 +84,7 @@ def of_the_world(dataset):
 def sample_held_out(args, model, captions, ranks):
     """Latents (N, *SHAPE) of clips of these captions by Euler, the same seeds whatever the model, on the CPU of every rank."""
     make = lambda part: generate(model, [toy.encode_text(captions[i]) for i in part], [seed_of("held out", i) for i in part], SHAPE,
-                                 args.sample_steps, args.flow_shift, args.guidance, device=ranks.device)
+                                 sampler_of(args), device=ranks.device)
     return spread(make, len(captions), ranks)
 
 
@@ -135,7 +143,7 @@ class Preview:
             samples = [self.samples[i] for i in part]
             conditions = {name: torch.stack([sample[name] for sample in samples]) for name in samples[0] if name not in ("latents", "context", "metadata")}
             return generate(model, [sample["context"].float() for sample in samples], [seed_of("preview", i) for i in part], tuple(samples[0]["latents"].shape),
-                            args.sample_steps, args.flow_shift, args.guidance, device=ranks.device, **conditions)
+                            sampler_of(args), device=ranks.device, **conditions)
         return spread(make, len(self.samples), ranks, chunk=1)
 
     def judge(self, title, latents, shown=False):

@@ -12,8 +12,12 @@ import argparse
 import math
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import torch
 from tqdm import tqdm
@@ -57,14 +61,17 @@ SETTINGS = ("model", "seed", "steps", "flow_shift", "guidance", "solver", "low_g
 # ------------------------------------------------------------------------------------------------------------------
 # solvers: velocity(x, i) is the model's answer at sigmas[i]; x from pure noise to clean latents
 
-def sigma_grid(steps, flow_shift, solver="euler"):
+def uniform_grid(steps, flow_shift):
+    """The steps + 1 sigmas 1 - i / steps, shifted, descending from 1 to 0."""
+    return shift_sigma(torch.linspace(1, 0, steps + 1, dtype=torch.float64), flow_shift).float().tolist()
+
+
+def official_grid(steps, flow_shift):
     """
-    The steps + 1 sigmas of a sampler, descending to 0. euler: 1 - i / steps, shifted. unipc: 0.999 (1 - i / steps), shifted, the official grid.
-    (diffusers' own default, 1 - 0.999 i / steps, is another: it ends on other timesteps, 96 and not 92 for 50 steps at shift 5.)
+    The steps + 1 sigmas 0.999 (1 - i / steps), shifted, descending to 0: the grid of Wan's generate.py with UniPC.
+    diffusers' own default, 1 - 0.999 i / steps, is another: for 50 steps at shift 5 its last timestep is 96, here it is 92.
     """
-    if solver == "euler":
-        return shift_sigma(torch.linspace(1, 0, steps + 1, dtype=torch.float64), flow_shift).float().tolist()
-    start = torch.tensor(0.999).item()       # the float32 number, a little above: with 0.999 itself, 888 can come out as 887.99 and be cut to 887
+    start = torch.tensor(0.999).item()   # float32's, slightly above: with 0.999 itself 888 can come out as 887.99, cut to 887
     return shift_sigma(start * torch.linspace(1, 0, steps + 1, dtype=torch.float64), flow_shift).tolist()
 
 
@@ -111,7 +118,33 @@ def unipc(velocity, x, sigmas):
     return x
 
 
-SOLVERS = {"euler": euler, "unipc": unipc}
+class Solver(NamedTuple):
+    """A row of SOLVERS. Adding a solver is one row there; --solver, generation and the checks follow from it."""
+    solve: Callable            # (velocity, x, sigmas) -> clean latents; velocity(x, i) is the model's answer at sigmas[i]
+    grid: Callable             # (steps, flow_shift) -> steps + 1 sigmas, descending to 0
+    round_timestep: Callable   # 1000 * sigma -> the timestep that the model is given
+
+
+SOLVERS = {
+    "euler": Solver(euler, uniform_grid, float),
+    "unipc": Solver(unipc, official_grid, int),   # cut to a whole number, as the official sampler and diffusers do
+}
+
+
+@dataclass(frozen=True)
+class Sampler:
+    """How a model is sampled."""
+    solver: str = "euler"         # a name in SOLVERS
+    steps: int = 20
+    flow_shift: float = 3.0       # of the solver's grid
+    guidance: float = 1.0         # v = v_negative + guidance * (v_positive - v_negative); 1: one forward a step
+    low_guidance: float = 0.0     # guidance of the low-noise expert; 0: the same
+    boundary: float = 0.0         # sigma below which the low-noise expert takes over; 0: one model
+    renoise: float = 1.0          # sigma to start from; below 1 the noise is added to a real clip
+
+    @property
+    def guided(self):
+        return not self.guidance == (self.low_guidance or self.guidance) == 1
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -173,118 +206,157 @@ def log_density(x_next, mean, std):
 
 
 @torch.no_grad()
-def generate(model, context, seeds, shape, steps, flow_shift, guidance, negative=None, device=None, solver="euler",
-             low=None, low_guidance=0.0, boundary=0.0, first_latent=None, real=None, renoise=1.0, **conditions):
+def generate(model, context, seeds, shape, sampler, negative=None, low=None, device=None, real=None, **conditions):
     """
-    From noise to latents with classifier-free guidance, v = v_negative + guidance * (v_positive - v_negative).
+    Videos of captions: latents (B, C, F, H, W), float32, on `device`.
 
-    context: list of B tensors (T, D); negative: context (T, D) of the unconditional branch, by default no rows (zeros, as for an empty caption).
-    seeds: B integers, one noise each, so a video does not depend on the batch it was made in. shape (C, F, H, W). guidance 1: one forward a step.
-    solver: euler gives the model timestep 1000 * sigma; unipc cuts it to a whole number, as the official sampler (and diffusers) do.
-    low: the low-noise expert of Wan2.2 A14B, with guidance low_guidance (0: the same), for timesteps below 1000 * boundary, shifted as the model
-    gets them. If it lives on another device than the model (the CPU), the two change places there, and back at the end.
-    conditions: what the variant needs beside the text, (B, ...) each, the same in both branches; first_latent (B, C, 1, H, W) is TI2V's frame 0.
-    renoise: the sigma to start from; below 1, with the noise added to `real` (B, C, F, H, W), and only the steps of the grid below it.
-    device: where it computes, if its parameters live elsewhere (offloaded).
-    Returns latents (B, C, F, H, W) float32 on that device.
+    context: list of B tensors (T, D). seeds: B integers, one noise each, so a video does not depend on its batch. shape: (C, F, H, W).
+    negative: context (T, D) of the unconditional branch; by default no rows.
+    low: a function that returns the low-noise expert of Wan2.2 A14B, for timesteps below 1000 * sampler.boundary. It is called when the expert's
+    turn comes, after the model has moved to the CPU: one expert at a time is on a GPU, and the model is back there in the end.
+    device: where to compute, for a model whose parameters live elsewhere (offloaded).
+    real: (B, C, F, H, W), the clips that noise is added to with sampler.renoise below 1; only the steps of the grid below it are taken.
+    conditions: the variant's other inputs, (B, ...) each, the same in both branches; first_latent (B, C, 1, H, W) is TI2V's frame 0.
     """
-    if solver not in SOLVERS:
-        raise ValueError(f"solver {solver!r}: expected one of {', '.join(SOLVERS)}")
-    if low is not None and not 0 < boundary < 1:
-        raise ValueError(f"boundary {boundary}: two experts need a sigma between 0 and 1 to change at, such as 0.875 (t2v) or 0.9 (i2v)")
+    if sampler.solver not in SOLVERS:
+        raise ValueError(f"solver {sampler.solver!r}: expected one of {', '.join(SOLVERS)}")
+    if low is not None and not 0 < sampler.boundary < 1:
+        raise ValueError(f"boundary {sampler.boundary}: two experts need a sigma between 0 and 1 to change at, such as 0.875 (t2v) or 0.9 (i2v)")
     device = device or next(model.parameters()).device
-    low_guidance = low_guidance if low is not None and low_guidance else guidance
-    branches = 1 if guidance == low_guidance == 1 else 2
-    negative = torch.zeros(0, context[0].shape[1]) if negative is None else negative
-    rows = list(context) + [negative] * len(context) * (branches - 1)
-    padded = torch.zeros(len(rows), max(1, *(len(row) for row in rows)), rows[0].shape[1])         # (B or 2B, T, D)
-    for i, row in enumerate(rows):
-        padded[i, :len(row)] = row
-    padded = padded.to(device)
+    solver = SOLVERS[sampler.solver]
+    sigmas = solver.grid(sampler.steps, sampler.flow_shift)
+    if sampler.renoise < 1:
+        sigmas = [sampler.renoise] + [sigma for sigma in sigmas if sigma < sampler.renoise]
+    timesteps = [solver.round_timestep(1000 * sigma) for sigma in sigmas[:-1]]
+    first_low = len(timesteps)                                                # the first step of the low-noise expert
+    if low is not None:
+        first_low = sum(timestep >= 1000 * sampler.boundary for timestep in timesteps)
+
+    branches = 2 if sampler.guided else 1
+    rows = list(context)
+    if sampler.guided:
+        negative = torch.zeros(0, context[0].shape[1]) if negative is None else negative
+        rows += [negative] * len(context)
+    padded = torch.nn.utils.rnn.pad_sequence([*rows, torch.zeros(1, context[0].shape[1])], batch_first=True)[:-1].to(device)   # (B or 2B, T, D)
+    first_latent = conditions.pop("first_latent", None)
     conditions = {name: torch.cat([value] * branches).to(device) for name, value in conditions.items()}
     first_latent = None if first_latent is None else first_latent.to(device, torch.float32)
-
-    sigmas = sigma_grid(steps, flow_shift, solver)
-    if renoise < 1:
-        sigmas = [renoise] + [sigma for sigma in sigmas if sigma < renoise]
-    timesteps = [1000 * sigma if solver == "euler" else int(1000 * sigma) for sigma in sigmas[:-1]]
-    first_low = next((i for i, timestep in enumerate(timesteps) if low is not None and timestep < 1000 * boundary), steps)
-    home = device if low is None else next(low.parameters()).device
-    exchange = home != device and first_low < steps
+    expert, guidance = model, sampler.guidance
 
     def velocity(x, i):
-        if i == first_low and exchange:
-            model.to(home), low.to(device)                                    # in this order: the two together may be too large
+        nonlocal expert, guidance
+        if i >= first_low and expert is model:
+            model.to("cpu")                                                   # first, for the two together may be too large
+            expert, guidance = low().to(device), sampler.low_guidance or guidance
         timestep = torch.full((len(x),), timesteps[i], dtype=torch.float32, device=device)
         if first_latent is not None:
             x, timestep = hold_first_frame(x, timestep, first_latent, model.config.patch_size)
-        v = (model if i < first_low else low)(torch.cat([x] * branches), torch.cat([timestep] * branches), padded, **conditions)
+        v = expert(torch.cat([x] * branches), torch.cat([timestep] * branches), padded, **conditions)
         if branches == 1:
             return v
         v_positive, v_negative = v.chunk(2)
-        return v_negative + (guidance if i < first_low else low_guidance) * (v_positive - v_negative)
+        return v_negative + guidance * (v_positive - v_negative)
 
     x = torch.stack([torch.randn(shape, generator=torch.Generator().manual_seed(seed)) for seed in seeds]).to(device)
-    if renoise < 1:
-        x = add_noise(real.to(device, torch.float32), x, torch.tensor([renoise], device=device))
-    x = SOLVERS[solver](velocity, x, sigmas)
-    if exchange:
-        low.to(home), model.to(device)
+    if sampler.renoise < 1:
+        x = add_noise(real.to(device, torch.float32), x, torch.tensor([sampler.renoise], device=device))
+    x = solver.solve(velocity, x, sigmas)
+    if expert is not model:
+        expert.to("cpu")
+        model.to(device)
     if first_latent is not None:                     # the solvers work on each element alone: once at the end is as good as after every step
         x[:, :, :1] = first_latent
     return x
 
 
-def make_negatives(model, model_name, folder, name="negatives", per_sample=1, seed=0, steps=20, flow_shift=3.0, guidance=1.0, batch_size=64,
-                   rank=0, world=1, solver="euler", low=None, low_guidance=0.0, boundary=0.0, negative=None, negative_prompt="", renoise=1.0):
-    """
-    The losing half of GT-Pairs: for every folder/real/STEM.safetensors the model's own clip of the same caption and conditions, as
-    folder/NAME/STEM.safetensors (NAME_1, NAME_2 ... for more per sample). Each file's noise depends on (seed, stem, k) only, so any number of ranks
-    makes the same files. Conditions are not written again: training takes the real sample's for both. negative_prompt: the text of `negative`.
-    renoise below 1: the real clip, noised to that sigma and made anew from there, so that the two differ in less.
+# ------------------------------------------------------------------------------------------------------------------
+# negatives: the losing half of GT-Pairs
 
-    Files that are there are kept: a killed run goes on where it stopped, and files appear whole. Returns how many this rank made.
-    Raises ValueError if a file that is there was made with other settings, or for a real sample that has changed since.
+class Negative(NamedTuple):
+    """A negative that is to be made."""
+    real: Path
+    target: Path
+    noise_seed: int
+
+
+def describe(sampler):
+    """The settings that a sample from noise alone is made with: {name: value}."""
+    names = ["solver", "steps", "flow_shift", "guidance"]
+    if sampler.boundary:
+        names += ["low_guidance", "boundary"]
+    return {name: getattr(sampler, name) for name in names}
+
+
+def negative_settings(model_name, sampler, seed=0, negative_prompt=""):
     """
-    settings = {"model": model_name, "seed": seed, "steps": steps, "flow_shift": flow_shift, "guidance": guidance}
-    settings |= {"solver": solver} if solver != "euler" else {}               # what is not there is the default, so that older files stay good
-    settings |= {"low_guidance": low_guidance, "boundary": boundary} if low is not None else {}
-    settings |= {"negative_prompt": negative_prompt} if negative_prompt else {}
-    settings |= {"renoise": renoise} if renoise < 1 else {}
-    settings = {key: str(value) for key, value in settings.items()}
+    What a negative is made with, as strings for its metadata: names in SETTINGS. Defaults are left out, so that older files stay good.
+    model_name: names the weights; negative_prompt: the text of the unconditional branch.
+    """
+    settings = {"model": model_name, "seed": seed, "steps": sampler.steps, "flow_shift": float(sampler.flow_shift), "guidance": float(sampler.guidance)}
+    if sampler.solver != "euler":
+        settings["solver"] = sampler.solver
+    if sampler.boundary:
+        settings |= {"low_guidance": float(sampler.low_guidance or sampler.guidance), "boundary": sampler.boundary}
+    if negative_prompt:
+        settings["negative_prompt"] = negative_prompt
+    if sampler.renoise < 1:
+        settings["renoise"] = sampler.renoise
+    return {key: str(value) for key, value in settings.items()}
+
+
+def missing_negatives(folder, settings, name="negatives", per_sample=1, rank=0, world=1):
+    """
+    The negatives of folder/real/*.safetensors that this rank has to make: list of Negative.
+
+    Their files are folder/NAME/STEM.safetensors (NAME_1, NAME_2 ... for more per sample). The noise of each depends on (seed, stem, k) only, so
+    any number of ranks makes the same files. Raises ValueError for a file that was made with other settings, or for a real sample that has changed since.
+    """
     every = [(path, k) for path in sample_files(Path(folder) / "real") for k in range(per_sample)]
-    mine = []
+    missing = []
     for path, k in every[rank::world]:                                        # by place, not by what is missing: ranks look at different moments
         target = Path(folder) / (name if k == 0 else f"{name}_{k}") / path.name
         if not target.exists():
-            mine.append((path, target, k))
+            missing.append(Negative(path, target, seed_of(int(settings["seed"]), path.stem, k)))
             continue
         metadata = read_header(target)["metadata"]
-        found = {key: value for key, value in metadata.items() if key in SETTINGS}
-        if found != settings:
-            raise ValueError(f"{target} was made with {found}, but now {settings} is asked for; give these negatives another --name, or delete that folder")
-        if metadata.get("real", now := fingerprint([path])) != now:           # older files do not tell
-            raise ValueError(f"{target} was made for {path} as it was with fingerprint {metadata['real']}, but that has changed ({now}); delete the negative to make it again")
-    bar = tqdm(total=len(mine), desc=f"negatives ({world} ranks)" if world > 1 else "negatives", unit="clip", disable=rank != 0 or not mine)
-    for start in range(0, len(mine), batch_size):
-        part = mine[start:start + batch_size]
-        prints, reals = [fingerprint([path]) for path, _, _ in part], [read_sample(path) for path, _, _ in part]
+        stored = {key: value for key, value in metadata.items() if key in SETTINGS}
+        if stored != settings:
+            raise ValueError(f"{target} was made with {stored}, but now {settings} is asked for; give these negatives another --name, or delete that folder")
+        contents = fingerprint([path])
+        if metadata.get("real", contents) != contents:                        # older files do not tell
+            raise ValueError(f"{target} was made for {path} as it was with fingerprint {metadata['real']}, but that has changed ({contents}); "
+                             "delete the negative to make it again")
+    return missing
+
+
+def make_negatives(model, missing, settings, sampler, batch_size=64, negative=None, low=None, progress=True):
+    """
+    Writes the missing negatives: for every real sample the model's own clip of the same caption and conditions. Conditions are not written again:
+    training takes the real sample's for both. With sampler.renoise below 1 the real clip is noised to that sigma and made anew from there, so that
+    the two differ in less. Files appear whole: a killed run resumes where it stopped.
+
+    missing: as missing_negatives gives it; settings: as negative_settings; negative, low: as in generate.
+    """
+    bar = tqdm(total=len(missing), desc="negatives", unit="clip", disable=not progress or not missing)
+    for start in range(0, len(missing), batch_size):
+        batch = missing[start:start + batch_size]
+        prints = [fingerprint([job.real]) for job in batch]
+        reals = [read_sample(job.real) for job in batch]
         shapes = [{key: tuple(real[key].shape) for key in real if key not in ("context", "metadata")} for real in reals]
-        for (path, _, _), found in zip(part, shapes):
-            if found != shapes[0]:
-                raise ValueError(f"{path} has {found}, but {part[0][0]} has {shapes[0]}; use --batch_size 1 for samples that differ")
-        conditions = {key: torch.stack([real[key] for real in reals]) for key in shapes[0] if key != "latents"}
-        seeds = [seed_of(seed, path.stem, k) for path, _, k in part]
-        latents = generate(model, [real["context"].float() for real in reals], seeds, shapes[0]["latents"], steps, flow_shift, guidance, negative,
-                           solver=solver, low=low, low_guidance=low_guidance, boundary=boundary,
-                           real=torch.stack([real["latents"] for real in reals]), renoise=renoise, **conditions).cpu()
-        for (path, target, k), real, value, noise_seed, made_for in zip(part, reals, latents, seeds, prints):
+        for job, shape in zip(batch, shapes):
+            if shape != shapes[0]:
+                raise ValueError(f"{job.real} has {shape}, but {batch[0].real} has {shapes[0]}; use --batch_size 1 for samples that differ")
+        stacked = {key: torch.stack([real[key] for real in reals]) for key in shapes[0]}
+        clips = stacked.pop("latents")
+        contexts = [real["context"].float() for real in reals]
+        seeds = [job.noise_seed for job in batch]
+        latents = generate(model, contexts, seeds, clips.shape[1:], sampler, negative, low, real=clips, **stacked).cpu()
+        for job, contents, real, value in zip(batch, prints, reals, latents):
             kept = {key: real["metadata"][key] for key in ("prompt", "encoder", "fps") if key in real["metadata"]}
-            metadata = settings | kept | {"source": f"generated for {path.name}", "noise_seed": str(noise_seed), "real": made_for}
-            write_sample(target, value.to(real["latents"].dtype), real["context"], metadata)
-        bar.update(len(part))
+            made_for = {"source": f"generated for {job.real.name}", "noise_seed": job.noise_seed, "real": contents}
+            write_sample(job.target, value.to(real["latents"].dtype), real["context"], settings | kept | made_for)
+        bar.update(len(batch))
     bar.close()
-    return len(mine)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -405,7 +477,7 @@ def encode_texts(args, codecs, prompts):
     return contexts, negative
 
 
-def make_videos(args, config, load, sampler, device, rank, world):
+def make_videos(args, config, load_model, load_low, sampler, device, rank, world):
     """--prompts to samples, mp4 files and a contact sheet. One large thing at a time is in memory: image encoders, text encoder, model, decoder."""
     from encode import check_clip, read_image
     kind, time = ("pixel", 1) if config.out_dim == toy.CHANNELS else ("wan", 4)                    # frames of a latent
@@ -427,17 +499,17 @@ def make_videos(args, config, load, sampler, device, rank, world):
     codecs.free("clip"), codecs.free("vae")
     contexts, negative = encode_texts(args, codecs, [prompts[i] for i in mine])
 
-    model, low = load()
-    kept = {"source": f"generated by {args.init}", "encoder": kind, "fps": args.fps, **sampler}
+    model = load_model()
+    kept = {"source": f"generated by {args.init}", "encoder": kind, "fps": args.fps, **describe(sampler)}
     for start in tqdm(range(0, len(mine), args.batch_size), desc="videos", disable=rank != 0):
         part = mine[start:start + args.batch_size]
         seeds = [seed_of(args.seed, i) for i in part]
         given = [conditions.get(images[i], {}) for i in part]
-        latents = generate(model, contexts[start:start + args.batch_size], seeds, shape, negative=negative, low=low, **sampler,
+        latents = generate(model, contexts[start:start + args.batch_size], seeds, shape, sampler, negative, load_low,
                            **{name: torch.stack([of[name] for of in given]) for name in given[0]}).cpu()
         for i, value, context, noise_seed in zip(part, latents, contexts[start:], seeds):
             write_sample(out / f"{i:05d}.safetensors", value, context, {"prompt": prompts[i], "noise_seed": noise_seed, **kept})
-    del model, low
+    del model, load_low
 
     shown = []
     for i in tqdm(mine, desc="decoding", disable=rank != 0):
@@ -472,24 +544,24 @@ def main(args):
         check_samples(read_summaries(files), config)
         args.size = [8 * side for side in read_header(files[0])["latents"].shape[2:]]              # settle() looks at it
     settle(args, config, low is not None)
-    sampler = {name: getattr(args, name) for name in ("solver", "steps", "flow_shift", "guidance", *(("low_guidance", "boundary") if low else ()))}
+    sampler = Sampler(args.solver, args.steps, args.flow_shift, args.guidance, args.low_guidance, args.boundary, args.renoise)
     if rank == 0:
-        print(f"{args.init}: {config.model_type}, {', '.join(f'{name} {value}' for name, value in sampler.items())}", flush=True)
+        print(f"{args.init}: {config.model_type}, {', '.join(f'{name} {value}' for name, value in describe(sampler).items())}", flush=True)
 
-    def load():
-        model, other = [path and load_wan(path, dtype=torch.bfloat16 if cuda else torch.float32).eval().requires_grad_(False) for path in (high, low)]
-        return model.to(device), other                                        # the second expert waits on the CPU
+    def load(path):
+        return load_wan(path, dtype=torch.bfloat16 if cuda else torch.float32).eval().requires_grad_(False).to(device)
 
+    load_low = cache(lambda: load(low)) if low else None
     if args.prompts:
-        make_videos(args, config, load, sampler, device, rank, world)
+        make_videos(args, config, lambda: load(high), load_low, sampler, device, rank, world)
         return
-    guided = not args.guidance == args.low_guidance == 1
-    negative = encode_texts(args, open_codecs(args, config, device), [])[1] if guided else None
-    model, other = load()
-    made = make_negatives(model, "+".join(weights_digest(path) for path in (high, low) if path), args.pairs, args.name, args.per_sample, args.seed,
-                          batch_size=args.batch_size, rank=rank, world=world, low=other, negative=negative,
-                          negative_prompt=args.negative_prompt if guided else "", renoise=args.renoise, **sampler)
-    print(f"rank {rank}: {made} negatives made in {args.pairs}", flush=True)
+    model_name = "+".join(weights_digest(path) for path in (high, low) if path)
+    settings = negative_settings(model_name, sampler, args.seed, args.negative_prompt if sampler.guided else "")
+    missing = missing_negatives(args.pairs, settings, args.name, args.per_sample, rank, world)
+    if missing:
+        negative = encode_texts(args, open_codecs(args, config, device), [])[1] if sampler.guided else None
+        make_negatives(load(high), missing, settings, sampler, args.batch_size, negative, load_low, progress=rank == 0)
+    print(f"rank {rank}: {len(missing)} negatives made in {args.pairs}", flush=True)
 
 
 if __name__ == "__main__":

@@ -37,7 +37,7 @@ from losses import add_noise, spo_loss
 from memory import checkpoint_blocks, memory_gib
 from model import WanModel
 from run_folder import Signals, append_row, begin_log, check_folder, load_checkpoint, report_skipped
-from sample import KERNELS, log_density, sigma_grid, step_coefficients, step_distribution
+from sample import KERNELS, log_density, step_coefficients, step_distribution, uniform_grid
 from weights import export_weights, locate_weights, open_wan
 
 LARGEST_WEIGHT = 10.0                                                         # of --step_weight inverse; the first of 20 steps would have 30
@@ -111,7 +111,7 @@ def check_args(args, ranks):
         if not fine:
             raise ValueError(f"--{flag} {getattr(args, flag)}: expected {expected}")
     step_coefficients(0.75, 0.5, args.kernel, args.eta)                       # the functions themselves check what they are given
-    sigma_grid(args.sample_steps, args.flow_shift)
+    uniform_grid(args.sample_steps, args.flow_shift)
     one = torch.ones(1)
     spo_loss(one, one, one, one, args.beta, args.clip)
     if args.batch_size % (ranks.data_ranks * args.grad_accum):
@@ -220,7 +220,7 @@ def roll_out(args, model, score, batch, positions, seed, shape, branch_from):
     """
     device = batch["context"].device
     noise = lambda stream: torch.stack([torch.randn(shape, generator=randomness(seed, p, stream)) for p in positions]).to(device)
-    sigmas = sigma_grid(args.sample_steps, args.flow_shift)
+    sigmas = uniform_grid(args.sample_steps, args.flow_shift)
     x, transitions, seconds = noise("start"), [], 0.0
     rows = torch.arange(len(x), device=device)
     for step, (sigma, sigma_next) in enumerate(zip(sigmas[:-1], sigmas[1:])):

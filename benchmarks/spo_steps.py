@@ -17,7 +17,7 @@ import toy
 from data import collate
 from model import WanModel
 from weights import load_wan
-from sample import generate
+from sample import Sampler, generate
 from train_spo import parse_args
 from train_spo import preference_score, roll_out, toy_score
 from evaluate import SHAPE
@@ -50,7 +50,7 @@ def main():
     args = parse_args(["--eta", "1"])                                         # 20 steps, pools of 4
     roll = lambda score, first: roll_out(args, policy, score, batch, range(flags.captions), 0, SHAPE, first)
     variants = {                                                              # steps with a pool, and what makes the clips
-        "plain sampler (Euler)": (0, lambda: generate(policy, texts, range(flags.captions), SHAPE, 20, 3.0, 1.0)),
+        "plain sampler (Euler)": (0, lambda: generate(policy, texts, range(flags.captions), SHAPE, Sampler())),
         "stochastic step, no pool": (0, lambda: roll(None, 20)),
         "pool of 4, scores for nothing": (19, lambda: roll(lambda x, sigma, batch: x.flatten(1).sum(1), 0)),
         "pool of 4, preference model": (19, lambda: roll(preference_score(judge, ref, 1.0, 0), 0)),

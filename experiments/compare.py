@@ -22,7 +22,7 @@ from pictures import contact_sheet
 from weights import load_wan
 from report import spread
 from run import value_of
-from sample import generate
+from sample import Sampler, generate
 from data import seed_of
 from train_spo import parse_args
 from train_spo import preference_score, roll_out
@@ -40,7 +40,7 @@ def make_clips(model, captions, part, sampler):
     """Videos (n, 3, F, H, W) of the captions numbered `part`: shift 3, no guidance."""
     texts = [toy.encode_text(captions[i]) for i in part]
     if sampler == "euler":
-        latents = generate(model, texts, [seed_of("held out", i) for i in part], SHAPE, 20, 3.0, 1.0)
+        latents = generate(model, texts, [seed_of("held out", i) for i in part], SHAPE, Sampler())
     else:
         latents, _, _ = roll_out(DDIM, model, None, collate([{"context": text, "name": ""} for text in texts]), part, "held out", SHAPE, DDIM.sample_steps)
     return toy.decode_pixels(latents).clamp(-1, 1)

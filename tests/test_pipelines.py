@@ -99,7 +99,8 @@ def test_a_video_is_that_of_diffusers(tmp_path, monkeypatch, case, grid):
             scheduler, sigmas=0.999 * (1 - np.arange(steps) / steps), device=device))
     else:
         scheduler.set_timesteps(STEPS)
-        monkeypatch.setattr(sample, "sigma_grid", lambda steps, shift, solver, sigmas=scheduler.sigmas.tolist(): sigmas)
+        sigmas = scheduler.sigmas.tolist()
+        monkeypatch.setitem(sample.SOLVERS, "unipc", sample.SOLVERS["unipc"]._replace(grid=lambda steps, flow_shift: sigmas))
 
     rgb = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), dtype=np.uint8)
     files = [str(tmp_path / f"{i}.png") for i in range(pictures)]

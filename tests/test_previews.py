@@ -7,7 +7,7 @@ import weights
 from data import open_data, read_sample, sample_files, write_sample
 from model import CONFIGS
 from weights import load_wan
-from sample import generate
+from sample import Sampler, generate
 from data import seed_of
 from evaluate import Preview
 
@@ -24,7 +24,7 @@ def test_previews_show_real_before_and_now_with_the_same_noise_on_any_number_of_
     samples = Preview(open_data(world / "data", pairs=True)).samples
     assert torch.equal(step[:, 0], torch.stack([sample["latents"] for sample in samples]))
     for weights, pane in ((world / "base", step[:, 1]), (tmp_path / "out" / "export", after[:, 2])):
-        made = generate(load_wan(weights, CONFIGS["tiny"]), [sample["context"] for sample in samples], [seed_of("preview", i) for i in range(4)], SHAPE, 2, 3.0, 1.0)
+        made = generate(load_wan(weights, CONFIGS["tiny"]), [sample["context"] for sample in samples], [seed_of("preview", i) for i in range(4)], SHAPE, Sampler(steps=2))
         assert (made - pane).norm() < 1e-4 * made.norm()
     assert (step[:, 2] - step[:, 1]).norm() > 1e-4 * step[:, 1].norm() < (after[:, 2] - step[:, 2]).norm()   # training shows
     first = read_sample(tmp_path / "out" / "samples" / "after" / "000.safetensors")

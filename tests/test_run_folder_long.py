@@ -19,7 +19,7 @@ from fsdp_utils import start_ranks
 from model import CONFIGS, WanModel
 from weights import load_wan, save_wan
 from run_folder import open_errors, score_reference
-from sample import make_negatives
+from sample import Sampler, make_negatives, missing_negatives, negative_settings
 from test_run_folder import argv, base, die_at, finish, start                       # noqa: F401  (base is a fixture)
 from test_train import train_main, world                                      # noqa: F401  (likewise)
 
@@ -43,7 +43,9 @@ def negatives(base, data, change=0, party=1):                                 # 
     model = load_wan(base).eval()
     meet(data / "here", party)
     die_at(data / "negatives", change)
-    make_negatives(model, "m", data, steps=2, batch_size=1)
+    sampler = Sampler(steps=2)
+    settings = negative_settings("m", sampler)
+    make_negatives(model, missing_negatives(data, settings), settings, sampler, batch_size=1)
 
 
 def cache(path, change=0, party=1, steps=range(10)):

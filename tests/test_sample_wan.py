@@ -122,7 +122,8 @@ def test_the_flow_shift_of_negatives_is_that_of_their_size(wan_folder, log, tmp_
     shape = (16, 1, side, 104)
     write_sample(tmp_path / "real" / "0.safetensors", torch.zeros(shape), torch.zeros(3, 20), {}, **conditions_of(VARIANTS["i2v"], shape))
     asked = {}
-    monkeypatch.setattr(sample, "make_negatives", lambda *args, **named: asked.update(named))
+    monkeypatch.setattr(sample, "make_negatives", lambda model, missing, settings, sampler, batch_size, negative, *args, **named:
+                        asked.update(vars(sampler), negative=negative))
     sample.main(sample.parse_args(["--init", str(wan_folder("i2v")), "--pairs", str(tmp_path)]))
     assert asked["flow_shift"] == flow_shift and asked["steps"] == 40 and asked["guidance"] == 1 and asked["negative"] is None
 
@@ -150,12 +151,13 @@ def test_negatives_of_every_variant_take_the_conditions_of_their_real_sample(wan
     assert log == ([f"text {'镜头切换，' if variant == 'flf2v' else ''}{'镜头晃动，' if variant in ('i2v', 'flf2v') else ''}the official one", "free text"]
                    if guidance == "2" else []) + ["load model"] * (1 + two)
 
-    model, low = load_wan(root / "high_noise_model" if two else root), load_wan(root / "low_noise_model") if two else None
+    model = load_wan(root / "high_noise_model" if two else root)
+    low = (lambda: load_wan(root / "low_noise_model")) if two else None
+    sampler = sample.Sampler("unipc", 3, sample.DEFAULTS[variant]["flow_shift"], float(guidance), 0.0, sample.DEFAULTS[variant]["boundary"])
     negative = Encoders(config, []).encode_text(log[0].removeprefix("text "))
     for i, (_, context, conditions) in enumerate(reals):
         made = read_sample(tmp_path / "negatives" / f"{i}.safetensors")
-        alone = sample.generate(model, [context], [int(made["metadata"]["noise_seed"])], shape, 3, sample.DEFAULTS[variant]["flow_shift"], float(guidance),
-                                negative, solver="unipc", low=low, boundary=sample.DEFAULTS[variant]["boundary"],
+        alone = sample.generate(model, [context], [int(made["metadata"]["noise_seed"])], shape, sampler, negative, low,
                                 **{name: value[None] for name, value in conditions.items()})
         assert torch.allclose(made["latents"], alone[0], atol=1e-4)
         assert made.keys() == {"latents", "context", "metadata"} and made["metadata"]["solver"] == "unipc"

@@ -13,7 +13,7 @@ import train_spo
 from data import read_sample, write_sample
 from model import CONFIGS, WanModel
 from weights import save_wan
-from sample import KERNELS, log_density, sigma_grid, step_coefficients, step_distribution
+from sample import KERNELS, log_density, step_coefficients, step_distribution, uniform_grid
 from test_train import on_ranks, world                # noqa: F401, the fixture
 
 STEPS = [(1.0, 0.97), (1.0, 0.3), (0.983, 0.964), (0.75, 0.71), (0.75, 0.1), (0.5, 0.4999), (0.25, 0.136), (0.136, 0.0), (0.02, 0.01)]     # sigma, sigma_next
@@ -75,12 +75,12 @@ def test_a_short_ancestral_step_is_the_flow_grpo_sde_with_eta_root_2():
 def test_ddim_keeps_the_variance_of_a_point_mass_at_every_step_size(eta):
     # all latents one point: v = (x - point) / t, so x_next - (1-s) point has the variance (a t + b)^2 + std^2, which must be s^2
     for steps, shift in ((2, 1.0), (5, 3.0), (20, 3.0), (50, 5.0), (1000, 1.0)):
-        sigmas = sigma_grid(steps, shift)
+        sigmas = uniform_grid(steps, shift)
         for t, s in zip(sigmas[:-1], sigmas[1:]):
             a, b, std = step_coefficients(t, s, "ddim", eta)
             assert abs((a * t + b) ** 2 + std ** 2 - s ** 2) < 1e-10
     # and the SDEs' Euler steps do not; what 20 steps of shift 3 leave in the last step with a density, .25 to .136
-    t, s = sigma_grid(20, 3.0)[-3:-1]
+    t, s = uniform_grid(20, 3.0)[-3:-1]
     for kernel, of_eta, left in (("flow_grpo", 0.7, 1.53), ("flow_grpo", math.sqrt(2), 4.09), ("dance", 0.3, 1.27)):
         a, b, std = step_coefficients(t, s, kernel, of_eta)
         assert ((a * t + b) ** 2 + std ** 2) / s ** 2 == pytest.approx(left, abs=0.005)
