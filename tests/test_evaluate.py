@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from test_train import run, world                                              # noqa: F401: a fixture
+from conftest import run
 
 import train
 from data import open_data, write_sample

@@ -16,7 +16,7 @@ import encode
 import weights
 from data import open_data, read_header, read_sample, write_sample
 from run_folder import open_errors
-from test_run_folder import ROOT
+from conftest import ROOT
 
 hypothesis = pytest.importorskip("hypothesis", reason="hostile inputs are drawn by hypothesis (requirements-video.txt)")
 from hypothesis import HealthCheck, given, settings, strategies as st  # noqa: E402

@@ -15,7 +15,7 @@ import train
 from data import read_sample
 from model import CONFIGS
 from weights import load_wan, open_wan
-from test_pipelines import PROMPTS, make_pipeline
+from make_pipelines import PROMPTS, make_pipeline
 
 
 @pytest.mark.parametrize("case, size, conditions", [("i2v", (32, 32), {"y", "clip_features"}), ("ti2v with an image", (64, 32), {"first_latent"})])

@@ -2,7 +2,6 @@
 import dataclasses
 import os
 import shutil
-import socket
 import weakref
 from collections import Counter
 from types import SimpleNamespace
@@ -16,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 import memory
-import test_train
+from conftest import POOLS, free_port
 from memory import Chunks, checkpoint_blocks, chunk_blocks, compile_blocks
 from fsdp_utils import shard_model, start_ranks
 from make_golden import make_case
@@ -268,10 +267,8 @@ def gathers_and_error(rank, world_size, port):
 
 @pytest.mark.slow
 def test_keeping_less_asks_sharding_for_no_more_gathers():
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    for rank in [test_train.POOLS[rank].submit(gathers_and_error, rank, 2, port) for rank in range(2)]:
+    port = free_port()
+    for rank in [POOLS[rank].submit(gathers_and_error, rank, 2, port) for rank in range(2)]:
         found = rank.result(timeout=120)
         print(found)
         assert found["off"][0] and all(collectives == found["off"][0] and error < 1e-12 for collectives, error in found.values())

@@ -25,7 +25,7 @@ from model import CONFIGS, WanModel
 from weights import save_wan
 from run_folder import open_errors, score_reference
 from evaluate import sample_held_out
-from test_train import main_fails, on_ranks, run, same_run, train_main, world  # noqa: F401  (world is a fixture)
+from conftest import main_fails, on_ranks, run, same_run, textbook_error, train_main
 
 CONFIG = dataclasses.replace(CONFIGS["tiny"], dim=32, ffn_dim=64, num_layers=2)
 LOSSES = ("sft", "dpo", "regdpo", "sdpo", "diffusion_sdpo")
@@ -53,26 +53,22 @@ def plain(world, tmp_path_factory):
     policy, ref = models
     batch = double(train.read_batch(arguments("dpo"), open_data(world / "data", pairs=True), range(4), "cpu"))
 
-    def err(model, kind):
-        sigma = batch["sigma"].view(-1, 1, 1, 1, 1)
-        v = model((1 - sigma) * batch[kind] + sigma * batch["noise"], 1000 * batch["sigma"], batch["context"])
-        return ((v - (batch["noise"] - batch[kind])) ** 2).mean(dim=(1, 2, 3, 4)), v, batch["noise"] - batch[kind]
-
     with torch.no_grad():
-        ref_win, ref_lose = err(ref, "win")[0], err(ref, "lose")[0]
+        ref_win, ref_lose = (textbook_error(ref, batch, side)[0] for side in ("win", "lose"))
     parameters, expected = dict(policy.named_parameters()), {}
 
     def gradient(value):
         return dict(zip(parameters, torch.autograd.grad(value.mean(), list(parameters.values()))))
     for loss in LOSSES:
         args = arguments(loss)
-        (win, v_win, t_win), (lose, v_lose, t_lose) = err(policy, "win"), err(policy, "lose")
+        win, v_win, t_win = textbook_error(policy, batch, "win")
+        lose, v_lose, t_lose = textbook_error(policy, batch, "lose")
         safeguard = losses.safeguard_coefficient(v_win, t_win, v_lose, t_lose, args.mu)
         value = win if loss == "sft" else train.pair_loss(args, win, lose, ref_win, ref_lose, batch["sigma"], safeguard)[0]
         expected[loss] = gradient(value)
-    (win, _, _), (lose, _, _) = err(policy, "win"), err(policy, "lose")                               # the branches of one loss apart, each with the other held
+    win, lose = (textbook_error(policy, batch, side)[0] for side in ("win", "lose"))                  # the branches of one loss apart, each with the other held
     expected["win"] = gradient(train.pair_loss(arguments("regdpo"), win, lose.detach(), ref_win, ref_lose, batch["sigma"], None)[0])
-    (lose, _, _) = err(policy, "lose")
+    lose, _, _ = textbook_error(policy, batch, "lose")
     expected["lose"] = gradient(train.pair_loss(arguments("regdpo"), win.detach(), lose, ref_win, ref_lose, batch["sigma"], None)[0])
     torch.save(expected, folder / "expected.pt")
     return folder

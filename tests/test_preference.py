@@ -12,8 +12,7 @@ import train
 from data import write_sample
 from model import CONFIGS, ScoreHead
 from weights import load_wan, open_wan, save_wan
-from test_spo import spo_fails, spo_world             # noqa: F401, the fixture
-from test_train import SHAPE, run, world              # noqa: F401, the fixture
+from conftest import SHAPE, run, spo_fails
 
 
 def test_the_score_head_reads_the_end_of_every_quarter_of_the_blocks():

@@ -1,7 +1,7 @@
 """Previews of data that is not of the embedded world: the same noise each time, real, before and now beside each other."""
 import pytest
 import torch
-from test_train import SHAPE, main_fails, run, world                           # noqa: F401: a fixture
+from conftest import SHAPE, main_fails, run
 
 import weights
 from data import open_data, read_sample, sample_files, write_sample

@@ -1,6 +1,5 @@
 """Nothing lost: exact resume, kills at any moment, full disks, signals, numbers that are none, checkpoints from strangers."""
 import contextlib
-import dataclasses
 import io
 import json
 import math
@@ -10,7 +9,6 @@ import re
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -32,33 +30,11 @@ import weights
 import train_spo
 from data import open_data, order, read_sample
 from fsdp_utils import start_ranks
-from model import CONFIGS, WanModel
-from weights import save_wan
 from run_folder import append_row, check_folder, load_checkpoint, save_checkpoint
 from weights import find_checkpoint, stored_weights
-from test_train import FORKS, in_rank, on_ranks, train_main, world  # noqa: F401  (world is a fixture)
+from conftest import FORKS, ROOT, argv, die_at, finish, in_rank, on_ranks, start, train_main
 
-ROOT = Path(__file__).resolve().parent.parent
 TIMES = ("memory_gib", "tokens_per_second")                                    # and seconds*: what may differ between two runs of the same steps
-
-
-@pytest.fixture(scope="session")
-def base(tmp_path_factory):
-    """A model so small that a step takes milliseconds, and one that judges."""
-    torch.manual_seed(5)
-    config = dataclasses.replace(CONFIGS["tiny"], dim=32, ffn_dim=64, num_layers=2, num_heads=2)
-    model, judge = WanModel(config), WanModel(dataclasses.replace(config, scores=True))
-    torch.nn.init.normal_(model.head.head.weight, std=0.1)
-    torch.nn.init.normal_(judge.head.head, std=0.15)
-    folder = tmp_path_factory.mktemp("base")
-    save_wan(model, folder / "base")
-    save_wan(judge, folder / "judge")
-    return folder / "base"
-
-
-def argv(world, base, out, flags):
-    return ["--init", str(base), "--data", str(world / "data"), "--out", str(out), "--batch_size", "4", "--steps", "4", "--learning_rate", "1e-3", "--warmup_steps", "2",
-            "--save_every", "2", "--keep", "9", "--min_timestep", "0", "--ema_decay", "0.9", *flags.split()]
 
 
 def rows(out):
@@ -130,42 +106,6 @@ def test_on_another_number_of_ranks_a_run_goes_on_to_the_same_numbers_within_1e_
 
 # ------------------------------------------------------------------------------------------------------------------
 # kills
-
-def start(ranks, function, *arguments):
-    """function(*arguments) on this many ranks, in processes of their own that may be killed."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    processes = [FORKS.Process(target=in_rank, args=(rank, ranks, port, function, arguments)) for rank in range(ranks)]
-    for process in processes:
-        process.start()
-    return processes
-
-
-def finish(processes, seconds=60):
-    """Exit codes, of processes that all must end in this time."""
-    end = time.monotonic() + seconds
-    for process in processes:
-        process.join(max(0.1, end - time.monotonic()))
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
-    return codes
-
-
-def die_at(folder, change):
-    """kill -9 of this process just before its `change`-th change of anything in folder (a file opened for writing, a rename, a removal, a new folder)."""
-    seen = 0
-
-    def hook(event, arguments):
-        nonlocal seen
-        if event in ("open", "os.rename", "os.remove", "os.rmdir", "os.mkdir") and str(arguments[0]).startswith(str(folder)):
-            if event != "open" or arguments[2] & (os.O_WRONLY | os.O_RDWR):
-                seen += 1
-                if seen == change:
-                    os.kill(os.getpid(), signal.SIGKILL)
-    sys.addaudithook(hook)
-
 
 def tiny_state(ranks):
     torch.manual_seed(1)

@@ -20,8 +20,7 @@ from model import CONFIGS, WanModel
 from weights import load_wan, save_wan
 from run_folder import open_errors, score_reference
 from sample import Sampler, make_negatives, missing_negatives, negative_settings
-from test_run_folder import argv, base, die_at, finish, start                       # noqa: F401  (base is a fixture)
-from test_train import train_main, world                                      # noqa: F401  (likewise)
+from conftest import argv, die_at, finish, start, train_main
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,7 @@ from data import read_sample, write_sample
 from model import CONFIGS, WanModel
 from weights import save_wan
 from sample import KERNELS, log_density, step_coefficients, step_distribution, uniform_grid
-from test_train import on_ranks, world                # noqa: F401, the fixture
+from conftest import on_ranks, spo_fails, spo_main
 
 STEPS = [(1.0, 0.97), (1.0, 0.3), (0.983, 0.964), (0.75, 0.71), (0.75, 0.1), (0.5, 0.4999), (0.25, 0.136), (0.136, 0.0), (0.02, 0.01)]     # sigma, sigma_next
 
@@ -358,26 +358,6 @@ def test_a_preference_model_sees_the_candidates_of_a_pool_under_one_noise():
 # ------------------------------------------------------------------------------------------------------------------
 # the run
 
-def spo_main(argv):
-    train_spo.main(train_spo.parse_args(argv))
-
-
-@pytest.fixture(scope="session")
-def spo_world(world, tmp_path_factory):               # noqa: F811
-    """A smaller random base, a preference model that has an opinion (its blocks and a random head), and the samples of `world`."""
-    folder = tmp_path_factory.mktemp("spo")
-    torch.manual_seed(3)
-    config = dataclasses.replace(CONFIGS["tiny"], num_layers=2, dim=64, ffn_dim=128, num_heads=2)
-    base, scorer = WanModel(config), WanModel(dataclasses.replace(config, scores=True))
-    torch.nn.init.normal_(base.head.head.weight, std=0.05)
-    scorer.load_state_dict({name: value for name, value in base.state_dict().items() if not name.startswith("head.")}, strict=False)
-    torch.nn.init.normal_(scorer.head.head, std=0.15)
-    save_wan(base, folder / "base")
-    save_wan(scorer, folder / "scorer")
-    shutil.copytree(world / "data" / "real", folder / "data")
-    return folder
-
-
 def run_spo(folder, out, *flags, ranks=1):
     """Rows of the log, exported weights, weights before."""
     argv = ["--init", str(folder / "base"), "--data", str(folder / "data"), "--score", str(folder / "scorer"), "--out", str(out), "--batch_size", "4", "--steps", "2",
@@ -447,16 +427,6 @@ def test_a_roll_out_without_a_pair_changes_nothing(spo_world, tmp_path):
     rows, weights, base = run_spo(spo_world, tmp_path / "out", "--threshold", "0.9999999", "--steps", "1", ranks=2)
     assert rows[0]["pairs"] == 0 and rows[0]["updates"] == 0 and "loss" not in rows[0]
     assert all(torch.equal(weights[name], value) for name, value in base.items())
-
-
-def spo_fails(spo_world, tmp_path, *flags):
-    argv = ["--init", str(spo_world / "base"), "--data", str(spo_world / "data"), "--score", str(spo_world / "scorer"), "--out", str(tmp_path / "out"), "--steps", "1", "--batch_size", "4", *flags]
-    with pytest.raises(ValueError) as error:
-        train_spo.main(train_spo.parse_args(argv))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    assert not (tmp_path / "out").exists()
-    return str(error.value)
 
 
 @pytest.mark.parametrize("flags, words", [

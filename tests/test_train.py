@@ -2,11 +2,7 @@
 import dataclasses
 import json
 import math
-import multiprocessing
-import os
 import shutil
-import socket
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,81 +11,12 @@ from safetensors.torch import load_file, save_file
 
 import losses
 import train
+from conftest import SHAPE, main_fails, run, same_run, textbook_error
 from data import draw, open_data, order, read_sample, write_sample
 from model import CONFIGS, WanModel
 from weights import save_wan
 
-SHAPE = (12, 3, 4, 6)                                     # latents: 18 tokens
 PAIR_LOSSES = [loss for loss in train.LOSS_FLAGS if loss != "sft"]
-
-
-@pytest.fixture(scope="session")
-def world(tmp_path_factory):
-    """A folder with a small random model that does predict something, and 24 GT-Pairs."""
-    folder = tmp_path_factory.mktemp("world")
-    torch.manual_seed(0)
-    model = WanModel(CONFIGS["tiny"])
-    torch.nn.init.normal_(model.head.head.weight, std=0.05)
-    save_wan(model, folder / "base")
-    for i in range(24):
-        g = torch.Generator().manual_seed(i)
-        context = torch.randn(3 + i % 4, 32, generator=g)
-        for kind in ("real", "negatives"):
-            write_sample(folder / "data" / kind / f"{i:03d}.safetensors", torch.randn(SHAPE, generator=g), context, {"prompt": f"caption {i}"})
-    return folder
-
-
-# One process a rank, started once, when first used. Forked from a server that has imported torch but never run autograd, after which forked ranks would hang.
-FORKS = multiprocessing.get_context("forkserver")
-FORKS.set_forkserver_preload(["torch.distributed.fsdp", "torch.distributed.checkpoint.state_dict", "torch._dynamo", "einops", "safetensors.torch", "pytest"])
-POOLS = [ProcessPoolExecutor(1, mp_context=FORKS) for _ in range(8)]
-
-
-def in_rank(rank, world_size, port, function, arguments):
-    torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    try:
-        return function(*arguments)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()
-
-
-def on_ranks(ranks, function, *arguments):
-    """function(*arguments), of a module, on this many ranks. Returns what each of them returns."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    return [done.result(timeout=120) for done in [POOLS[rank].submit(in_rank, rank, ranks, port, function, arguments) for rank in range(ranks)]]
-
-
-def train_main(argv):
-    train.main(train.parse_args(argv))
-
-
-def run(world, out, *flags, ranks=1):
-    """Train on this many ranks. Returns the rows of the log, and the exported weights."""
-    argv = ["--init", str(world / "base"), "--data", str(world / "data"), "--out", str(out), "--batch_size", "8", "--steps", "6", "--learning_rate", "2e-4",
-            "--warmup_steps", "2", "--save_every", "3", "--max_grad_norm", "0.3", "--min_timestep", "0", "--ema_decay", "0", *flags]
-    on_ranks(ranks, train_main, argv)
-    rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
-    return rows, load_file(out / "export" / "diffusion_pytorch_model.safetensors"), world / "base" / "diffusion_pytorch_model.safetensors"
-
-
-def same_run(mine, theirs, numbers=1e-3, weights=1e-4):
-    """The same losses, and the same final weights. What is compared is what training changed, too: equal starts must not hide unequal steps."""
-    assert [row["step"] for row in mine[0]] == [row["step"] for row in theirs[0]]
-    for a, b in zip(mine[0], theirs[0]):
-        for name in ("loss", "err_win", "grad_norm", "lr") + (("err_lose", "ref_err_win", "ref_err_lose", "c_win", "c_lose") if "c_win" in a else ()):
-            assert a[name] == pytest.approx(b[name], rel=numbers), (a["step"], name)
-        for name in ("margin_min", "margin_max") if "c_win" in a else ():
-            # of one pair, and near 0 by chance: compared to the size of the margins; beta * 1e-6 is rounding of the errors
-            near = numbers * b["margin_abs"] + 1e-6 * 30
-            assert a[name] == pytest.approx(b[name], rel=0, abs=near), (a["step"], name)
-    (a, b) = (torch.cat([run[1][name].flatten().double() for name in sorted(run[1])]) for run in (mine, theirs))
-    base = torch.cat([value.flatten().double() for _, value in sorted(load_file(theirs[2]).items())])
-    assert (a - b).norm() <= weights * b.norm()
-    assert 1e-4 * base.norm() < (b - base).norm() and (a - b).norm() <= 1e-2 * (b - base).norm()
 
 
 @pytest.fixture(scope="session")
@@ -158,12 +85,9 @@ def test_branch_by_branch_gradients_equal_those_of_the_loss_written_down_plainly
     batch = {name: value.double() if torch.is_tensor(value) else value for name, value in train.read_batch(args, dataset, range(4), "cpu").items()}
     args.beta = 20.0                                                                                # two random models are far apart; 1000 would saturate
 
-    def err(model, kind):
-        sigma = batch["sigma"].view(-1, 1, 1, 1, 1)
-        v = model((1 - sigma) * batch[kind] + sigma * batch["noise"], 1000 * batch["sigma"], batch["context"])
-        return ((v - (batch["noise"] - batch[kind])) ** 2).mean(dim=(1, 2, 3, 4)), v, batch["noise"] - batch[kind]
-
-    (win, v_win, t_win), (lose, v_lose, t_lose), (ref_win, _, _), (ref_lose, _, _) = (err(m, k) for m in (policy, ref) for k in ("win", "lose"))
+    win, v_win, t_win = textbook_error(policy, batch, "win")
+    lose, v_lose, t_lose = textbook_error(policy, batch, "lose")
+    ref_win, ref_lose = (textbook_error(ref, batch, side)[0] for side in ("win", "lose"))
     safeguard = losses.safeguard_coefficient(v_win, t_win, v_lose, t_lose, args.mu)
     plain, _ = train.pair_loss(args, win, lose, ref_win, ref_lose, batch["sigma"], safeguard)
     expected = torch.autograd.grad(plain.sum(), list(policy.parameters()))
@@ -214,24 +138,14 @@ def test_the_logged_errors_are_those_of_the_pairs_of_that_step(world, one_rank):
     for position in range(8):
         item = dataset[order(0, position, 24)]
         sigma, noise = draw(0, position, SHAPE, 3.0, 0, 1000)
-        x = (1 - sigma) * item["win"] + sigma * noise
+        batch = {"win": item["win"][None], "noise": noise[None], "sigma": torch.tensor([sigma]), "context": item["context"][None]}
         with torch.no_grad():
-            v = model(x[None], torch.tensor([1000 * sigma]), item["context"][None])[0]
-        errors.append(((v - (noise - item["win"])) ** 2).mean().item())
+            errors.append(textbook_error(model, batch, "win")[0].item())
         bins[min(3, int(sigma * 4))].append(errors[-1])
     row = one_rank[0][0]
     assert row["err_win"] == pytest.approx(sum(errors) / 8, rel=1e-5)
     for got, want in zip(row["by_sigma"]["err_win"], bins):
         assert got is None if not want else got == pytest.approx(sum(want) / len(want), rel=1e-5)
-
-
-def main_fails(world, tmp_path, *flags):
-    argv = ["--init", str(world / "base"), "--data", str(world / "data"), "--out", str(tmp_path / "out"), "--steps", "1", "--batch_size", "4", *flags]
-    with pytest.raises(ValueError) as error:
-        train.main(train.parse_args(argv))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
-    return str(error.value)
 
 
 @pytest.mark.parametrize("flags, words", [

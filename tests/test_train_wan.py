@@ -13,9 +13,9 @@ import weights
 from benchmarks import load_memory
 from data import draw, open_data, write_sample
 from make_golden import CASES
+from conftest import POOLS, main_fails, run, same_run, textbook_error
 from model import WanConfig, WanModel
 from weights import load_wan, save_wan
-from test_train import POOLS, main_fails, run, same_run, world                # `world`: the fixture of a tiny text-to-video model
 
 MODELS = {"i2v": CASES["i2v-clip"], "flf2v": CASES["flf2v"], "i2v-a14b": CASES["i2v-a14b"],
           "ti2v": WanConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=2, in_dim=48, out_dim=48, text_dim=20, text_len=12)}
@@ -81,7 +81,7 @@ def test_exactly_the_conditions_of_the_win_reach_both_branches_and_the_reference
 @pytest.mark.parametrize("loss", ["regdpo", "diffusion_sdpo"])
 @pytest.mark.parametrize("name", MODELS)
 def test_gradients_with_image_conditions_equal_those_of_the_loss_written_down_plainly(worlds, name, loss):
-    """As in test_train.py, in float64. What is counted of TI2V is written down here once more: frames 1 and later, whose tokens alone have a timestep."""
+    """As in test_train.py, in float64."""
     args = train.parse_args(["--loss", loss, "--min_timestep", "300"])
     args.beta = 20.0                                                          # two random models are far apart; 1000 would saturate
     dataset = open_data(worlds[name] / "data", pairs=True)
@@ -91,18 +91,10 @@ def test_gradients_with_image_conditions_equal_those_of_the_loss_written_down_pl
         torch.nn.init.normal_(model.head.head.weight, std=0.05)
     ref.requires_grad_(False)
     batch = {key: value.double() if torch.is_tensor(value) else value for key, value in train.read_batch(args, dataset, range(2), "cpu").items()}
-    conditions = {key: batch[key] for key in ("y", "clip_features") if key in batch}
-
-    def err(model, kind):
-        sigma = batch["sigma"].view(-1, 1, 1, 1, 1)
-        x, timestep, counted = (1 - sigma) * batch[kind] + sigma * batch["noise"], 1000 * batch["sigma"], slice(0, 3)
-        if name == "ti2v":                                                    # 3 frames of 2 x 3 tokens
-            x[:, :, 0], counted = batch["first_latent"][:, :, 0], slice(1, 3)
-            timestep = timestep[:, None] * (torch.arange(18) >= 6)
-        v, target = model(x, timestep, batch["context"], **conditions)[:, :, counted], (batch["noise"] - batch[kind])[:, :, counted]
-        return ((v - target) ** 2).mean(dim=(1, 2, 3, 4)), v, target
-
-    (win, v_win, t_win), (lose, v_lose, t_lose), (ref_win, _, _), (ref_lose, _, _) = (err(m, k) for m in (policy, ref) for k in ("win", "lose"))
+    assert ("first_latent" in batch) == (name == "ti2v")
+    win, v_win, t_win = textbook_error(policy, batch, "win")
+    lose, v_lose, t_lose = textbook_error(policy, batch, "lose")
+    ref_win, ref_lose = (textbook_error(ref, batch, side)[0] for side in ("win", "lose"))
     safeguard = losses.safeguard_coefficient(v_win, t_win, v_lose, t_lose, args.mu)
     plain, _ = train.pair_loss(args, win, lose, ref_win, ref_lose, batch["sigma"], safeguard)
     expected = torch.autograd.grad(plain.sum(), list(policy.parameters()))
