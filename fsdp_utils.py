@@ -18,9 +18,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from memory import checkpoint_blocks, chunk_blocks, compile_blocks
+from memory import MemoryFlags, save_memory
 from model import ScoreHead, WanModel
-from weights import open_wan
+from weights import find_weights, open_wan
 
 # the head's output is a view of its Linear's; nothing here changes an output in place
 warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -258,59 +258,43 @@ def clip_gradients(params, max_norm, scale=1.0):
     return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
 
-def swap_gradients(params, aside):
-    """Exchange the gradients of params with those in the list aside (None where there is none), so that a backward adds to the one set or the other."""
-    for i, param in enumerate(params):
-        param.grad, aside[i] = aside[i], param.grad
-
-
-@torch.no_grad()
-def add_branches(params, aside, scale):
-    """
-    The gradients of params are those of the win branch, and aside, which is emptied, has those of the lose branch: add them up. Returns what there is to
-    know of the two, times scale: norms, and their cosine; -1 where they cancel. grad_norm^2 = win^2 + lose^2 + 2 * cosine * win * lose.
-    """
-    pairs = [(p.grad.to_local(), lose.to_local()) for p, lose in zip(params, aside) if lose is not None]
-    copies = dist.get_world_size() // params[0].device_mesh.shape[-1]                              # under --replicate every shard is held more than once
-    sums = [sum(torch.sum(a * b, dtype=torch.float64) for a, b in which).item() / copies
-            for which in ([(w, w) for w, _ in pairs], [(l, l) for _, l in pairs], pairs)]
-    win, lose, both = total(sums, params[0].device_mesh.device_type)
-    torch._foreach_add_([w for w, _ in pairs], [l for _, l in pairs])
-    aside[:] = [None] * len(aside)
-    return {"grad_norm_win": scale * win ** 0.5, "grad_norm_lose": scale * lose ** 0.5, "grad_cosine": both / max((win * lose) ** 0.5, 1e-300)}
-
-
 @torch.no_grad()
 def ema_update(ema, policy, decay):
     """ema <- decay * ema + (1 - decay) * policy, on the local shards: no communication."""
     torch._foreach_lerp_([p.to_local() for p in ema.parameters()], [p.to_local() for p in policy.parameters()], 1 - decay)
 
 
-def build_model(args, config, ranks, checkpointing="off", offload=False):
+def build_model(path, config, ranks, memory=MemoryFlags(), trained=False, offload=False, seed=0):
     """
-    The DiT with the weights of --init, sharded over the ranks; each rank reads its own rows only. A preference model (config.scores) has their blocks,
-    frozen, and a new head: with the blocks trained too, 150 steps on 320 pairs learnt those by heart (held-out accuracy 0.5 at any sigma; 0.86 at sigma
-    0.1 with the head alone), and a frozen trunk keeps no activations.
+    Build the model of config with the weights at path, sharded over the ranks; each rank reads only its own rows. Path "scratch" draws them from seed.
+
+    A preference model (config.scores) is loaded where path holds one. Where path holds a velocity model, it gets that model's blocks, frozen, and a new
+    head: with the blocks trained too, 150 steps on 320 pairs learnt those by heart (held-out accuracy 0.5 at any sigma; 0.86 at sigma 0.1 with the head
+    alone), and frozen blocks keep no activations.
+    memory, trained: see memory.save_memory. offload: the shards, their gradients and AdamW's state live in CPU memory.
     """
-    if args.init == "scratch":
-        torch.manual_seed(args.seed)                                          # every rank draws the same whole model, then keeps its shard
+    if config.num_heads % ranks.cp_size:
+        raise ValueError(f"--cp_size {ranks.cp_size} does not divide the {config.num_heads} heads of the model at {path}")
+    from_scratch = str(path) == "scratch"
+    if from_scratch:
+        torch.manual_seed(seed)                            # every rank draws the same whole model, then keeps its shard
         model = WanModel(config).to(ranks.device)
     else:
-        _, tensors = open_wan(args.init, replace(config, scores=False))       # strict: names, shapes and sizes are compared here
+        new_head = config.scores and not any(name.endswith("head.mix.weight") for name in find_weights(path))
+        _, tensors = open_wan(path, replace(config, scores=False) if new_head else config)         # strict: names, shapes and sizes are compared here
         with torch.device("meta"):
             model = WanModel(config)
-        if config.scores:
-            torch.manual_seed(args.seed)                                      # the same head on every rank
-            tensors |= {f"head.{name}": tensor for name, tensor in ScoreHead(config).state_dict().items()}
-            model.requires_grad_(False).head.requires_grad_(True)
+        if new_head:
+            torch.manual_seed(seed)                        # the same head on every rank
+            head = ScoreHead(config).state_dict()
+            tensors = tensors | {f"head.{name}": tensor for name, tensor in head.items()}
+            model.requires_grad_(False)
+            model.head.requires_grad_(True)
     if ranks.cp_size > 1:
         ContextParallel(model, ranks.cp_group)
-    checkpoint_blocks(model, checkpointing, args.offload_activations)
-    chunk_blocks(model, args.chunk_tokens)
-    if args.compile:
-        compile_blocks(model)
+    save_memory(model, memory, trained)
     shard_model(model, ranks.mesh, offload)
-    if args.init != "scratch":
+    if not from_scratch:
         model.to_empty(device="cpu" if offload else ranks.device)
         load_weights(model, tensors)
     return model

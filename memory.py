@@ -5,11 +5,56 @@ import resource
 import sys
 import weakref
 from collections import deque
+from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
+
+
+CHUNK_TOKENS = 8192                                        # the size of chunks that --chunk_tokens -1 means, in the modes that have chunks
+
+
+@dataclass(frozen=True)
+class MemoryFlags:
+    """What train.py's flags of the same names say; see save_memory."""
+    checkpointing: str = "off"
+    chunk_tokens: int = 0
+    offload_activations: bool = False
+    compile: bool = False
+
+    @property
+    def chunk_size(self):
+        """Tokens of a chunk; 0: blocks run on all tokens at once."""
+        if self.checkpointing not in ("chunked", "full"):
+            return 0
+        return CHUNK_TOKENS if self.chunk_tokens < 0 else self.chunk_tokens
+
+
+def check_memory_flags(args):
+    """Return the MemoryFlags of a trainer's arguments. Raise ValueError for a flag that would do nothing in the given --checkpointing mode."""
+    flags = MemoryFlags(args.checkpointing, args.chunk_tokens, args.offload_activations, args.compile)
+    if flags.chunk_tokens < -1:
+        raise ValueError(f"--chunk_tokens {flags.chunk_tokens}: expected a number of tokens, 0 (no chunks) or -1 (the default size of the mode)")
+    if flags.chunk_tokens > 0 and flags.checkpointing not in ("chunked", "full"):
+        raise ValueError(f"--chunk_tokens {flags.chunk_tokens} does nothing with --checkpointing {flags.checkpointing}, which has no chunks; "
+                         f"add --checkpointing chunked or full")
+    if flags.checkpointing == "chunked" and flags.chunk_tokens == 0:
+        raise ValueError("--checkpointing chunked --chunk_tokens 0: chunks of no size; give a number of tokens, or --checkpointing off")
+    return flags
+
+
+def save_memory(model, flags, trained):
+    """
+    Apply MemoryFlags to a model, before shard_model. Names of parameters stay. Chunks and compilation apply to every model alike, so that policy and
+    reference take the same numerical path; checkpointing and offload only to a trained one.
+    """
+    mode = flags.checkpointing if trained and flags.checkpointing != "chunked" else "off"
+    checkpoint_blocks(model, mode, flags.offload_activations and trained)
+    chunk_blocks(model, flags.chunk_size)
+    if flags.compile:
+        compile_blocks(model)
 
 
 def memory_gib(device):
@@ -24,11 +69,11 @@ def memory_plan(args, config, parameters, tokens, videos, needs_ref, ranks, lear
     shard = 4 * parameters / ranks.mesh.shape[-1] / 2 ** 30                    # float32
     cpu = " (CPU)" if args.offload_params else ""
     where = {"live": "", "offload": " (CPU)", "cached": " while it is scored, then 0"}[args.ref]
-    parts = [f"weights {shard:.3f}{cpu}", f"gradients {(1 + args.branch_norms) * learning * shard:.3f}{cpu}", f"AdamW {2 * learning * shard:.3f}{cpu}"]
+    parts = [f"weights {shard:.3f}{cpu}", f"gradients {learning * shard:.3f}{cpu}", f"AdamW {2 * learning * shard:.3f}{cpu}"]
     parts += [f"reference {shard:.3f}{where}"] if needs_ref else []
     parts += [f"ema {shard:.3f}{cpu}"] if args.ema_decay else []
     size = 2 if ranks.device.type == "cuda" else 4                             # bytes of a number in the matrices
-    kept = kept_bytes(config, args.checkpointing, args.chunk_tokens, args.offload_activations, size)
+    kept = kept_bytes(config, args.checkpointing, args.offload_activations, size)
     kept *= videos * (args.loss != "preference") * config.num_layers * -(-tokens // ranks.cp_size) * config.dim / 2 ** 30    # its blocks are frozen
     parts += [f"kept activations {kept:.3f}{' (CPU)' * args.offload_activations}"]
     return f"memory per rank in GiB: {', '.join(parts)}; on top what backward makes of one block at a time"
@@ -149,11 +194,11 @@ def checkpoint_blocks(model, mode, offload=False):
         model.run_blocks = in_twos
 
 
-def kept_bytes(config, mode, chunk_tokens, offload, size):
+def kept_bytes(config, mode, offload, size):
     """Bytes that the blocks keep for backward per token, layer and channel; size: bytes of a number in the matrices."""
     if mode == "full":
         return 4 if offload else 2                         # the stream, float32
-    if chunk_tokens:
+    if mode == "chunked":
         return 4 + 4 * size                                # q, k, v and the output of attention
     hidden = config.ffn_dim / config.dim if mode == "off" else 0
     return 8 + (11 + 2 * (config.image_dim > 0) + hidden) * size                           # the stream twice

@@ -47,16 +47,14 @@ from evaluate import (
     sigma_steps,
 )
 from fsdp_utils import (
-    add_branches,
     build_model,
     clip_gradients,
     ema_update,
     exchange_branches,
     start_ranks,
-    swap_gradients,
 )
 from losses import add_noise, flow_error, importance_weight, next_sigma, safeguard_coefficient, velocity_target
-from memory import memory_gib, memory_plan
+from memory import check_memory_flags, memory_gib, memory_plan
 from model import CONFIGS, hold_first_frame
 from run_folder import (
     Signals,
@@ -123,13 +121,13 @@ def parse_args(argv):
     p.add_argument("--ema_decay", type=float, default=0.98, help="0: no average is kept; otherwise it is what is sampled and exported")
     # memory and ranks
     p.add_argument("--backward", default="joint", choices=["joint", "sequential", "pair"], help="one graph | one branch at a time | one branch a rank")
-    p.add_argument("--branch_norms", action="store_true", help="log the gradient norms of the two branches and their cosine; needs --backward sequential, and gradients twice")
     p.add_argument("--cp_size", type=int, default=1, help="ranks that share the tokens of each video; must divide the heads")
     p.add_argument("--replicate", type=int, default=1, help="groups of ranks that each hold all weights, such as nodes; 1: shard over all ranks")
     p.add_argument("--ref", default="live", choices=["live", "offload", "cached"],
                    help="the frozen reference: sharded beside the policy | on the CPU | scored once before training, then gone")
-    p.add_argument("--checkpointing", default="off", choices=["off", "selective", "full"], help="bytes kept for backward: fsdp_utils.checkpoint_blocks")
-    p.add_argument("--chunk_tokens", type=int, default=0, help="run the token-wise parts of a block on so many tokens at a time; 0: on all")
+    p.add_argument("--checkpointing", default="off", choices=["off", "selective", "chunked", "full"],
+                   help="how little blocks keep for backward, from most to least memory; memory.save_memory has the bytes and the time of each")
+    p.add_argument("--chunk_tokens", type=int, default=-1, help="tokens of a chunk in the modes chunked and full; -1: 8192; 0: no chunks")
     p.add_argument("--compile", action="store_true", help="torch.compile of the cheap parts of the blocks")
     p.add_argument("--offload_activations", action="store_true", help="what blocks keep for backward waits on the CPU")
     p.add_argument("--offload_params", action="store_true", help="weights, gradients, AdamW and EMA live on the CPU, and AdamW runs there")
@@ -174,8 +172,7 @@ def check_args(args, ranks):
     for flag, fine, expected in (("max_grad_norm", args.max_grad_norm > 0, "above 0 ('inf' switches clipping off)"),
                                  ("learning_rate", args.learning_rate > 0, "above 0"), ("ema_decay", 0 <= args.ema_decay < 1, "0 or more, below 1"),
                                  ("eval_clips", args.eval_clips == 0 or args.eval_clips >= 64, "0, or at least 64 (a Frechet distance of fewer says nothing)"),
-                                 ("bad_samples", args.bad_samples == "stop" or args.ref != "cached", "stop with --ref cached, whose errors belong to the pairs that were scored"),
-                                 ("chunk_tokens", args.chunk_tokens >= 0, "0 or more")):
+                                 ("bad_samples", args.bad_samples == "stop" or args.ref != "cached", "stop with --ref cached, whose errors belong to the pairs that were scored")):
         if not fine:
             raise ValueError(f"--{flag} {getattr(args, flag)}: expected {expected}")
     draw(0, 0, (1,), args.flow_shift, args.min_timestep, args.max_timestep)   # the functions themselves check what they are given
@@ -190,8 +187,6 @@ def check_args(args, ranks):
         raise ValueError(f"--backward {args.backward} is about the two branches of a pair; --loss sft has one")
     if args.loss in ("sft", "preference") and args.ref != "live":
         raise ValueError(f"--ref {args.ref} is about the reference of a loss like dpo; --loss {args.loss} has none")
-    if args.branch_norms and args.backward != "sequential":
-        raise ValueError(f"--branch_norms needs the branches' gradients apart, which is --backward sequential, not {args.backward}")
     if args.loss == "diffusion_sdpo" and args.backward == "pair":
         raise ValueError("--loss diffusion_sdpo needs both outputs on one rank; use --backward joint or sequential")
     if args.hold_back and args.loss == "sft":
@@ -305,10 +300,10 @@ def reference_errors(args, ref, batch, ranks):
     return exchange_branches(flow_errors(ref, branch(batch, ("win", "lose")[ranks.branch]))[0], ranks.pair_group)
 
 
-def backward_batch(args, policy, ref, batch, scale, ranks, aside=()):
+def backward_batch(args, policy, ref, batch, scale, ranks):
     """
     Errors, loss and gradient of one micro-batch of pairs. ref: the frozen reference, or its errors (2, B). scale multiplies the sum over its pairs.
-    aside: where the gradients of the lose branch are gathered, for --branch_norms. Returns metrics {name: (B,)}.
+    Returns metrics {name: (B,)}.
 
     joint       both branches in one forward and one graph
     sequential  one branch's activations at a time, for one more forward of the loser: 11 forwards instead of 10
@@ -338,12 +333,8 @@ def backward_batch(args, policy, ref, batch, scale, ranks, aside=()):
         c_win, c_lose, metrics = coefficients(args, err_win, err_lose, *ref_errors, batch["sigma"], safeguard)
         (scale * (c_win * err_win).sum()).backward()
         del err_win, v_win                                                    # the winner's graph goes before the loser's comes
-        if aside:
-            swap_gradients(policy.parameters(), aside)
         err_lose, _, _ = flow_errors(policy, lose)
         (-scale * (c_lose * err_lose).sum()).backward()
-        if aside:
-            swap_gradients(policy.parameters(), aside)
 
     else:
         err, _, _ = flow_errors(policy, branch(batch, ("win", "lose")[ranks.branch]))
@@ -366,11 +357,14 @@ def main(args):
             export_weights(checkpoint, args.out, args.export_format, getattr(torch, args.export_dtype), "auto" if args.ema_decay else "policy")
         return dist.destroy_process_group()
     check_args(args, ranks)
+    memory = check_memory_flags(args)
     talk = print if ranks.rank == 0 else lambda *a, **k: None
     config, args.model, expert = find_model(args.init, args.model)            # another size or a damaged file: it says so before anything is made
     check_timesteps(args.model, expert, args.min_timestep, args.max_timestep, args.init)
     if args.sample_every:
         refuse_lone_expert(args.model, args.init, "--sample_every")
+    if config.scores:
+        raise ValueError(f"--init {args.init}: a preference model, expected a model that generates (scores is True, expected False)")
     needs_pairs = args.loss != "sft"
     per_rank = args.batch_size // (ranks.data_ranks * args.grad_accum)
     if config.num_heads % args.cp_size:
@@ -404,10 +398,10 @@ def main(args):
 
     # ---------------- models
     trained = replace(config, scores=args.loss == "preference")
-    policy = build_model(args, trained, ranks, args.checkpointing, args.offload_params)
+    policy = build_model(args.init, trained, ranks, memory, trained=True, offload=args.offload_params, seed=args.seed)
     needs_ref = args.loss not in ("sft", "preference") and (args.ref != "cached" or errors.isnan().any())
-    ref = build_model(args, config, ranks, offload=args.ref == "offload").eval().requires_grad_(False) if needs_ref else None
-    ema = build_model(args, trained, ranks, offload=args.offload_params).eval().requires_grad_(False) if args.ema_decay else None
+    ref = build_model(args.init, config, ranks, memory, offload=args.ref == "offload").eval().requires_grad_(False) if needs_ref else None
+    ema = build_model(args.init, trained, ranks, memory, offload=args.offload_params, seed=args.seed).eval().requires_grad_(False) if args.ema_decay else None
 
     # ---------------- optimizer
     optimizer = torch.optim.AdamW([p for p in policy.parameters() if p.requires_grad], lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
@@ -448,7 +442,7 @@ def main(args):
     if not trained.scores and (evaluated or args.sample_every):
         held_out = HeldOut(args.eval_clips) if evaluated else Preview(held_back or dataset)
     if held_out and args.init != "scratch":
-        before = ref if ref is not None else build_model(args, config, ranks)
+        before = ref if ref is not None else build_model(args.init, config, ranks, memory)
         held_out.judge("before", held_out.sample(args, before, ranks), shown=True)
         del before
 
@@ -465,7 +459,6 @@ def main(args):
     # ---------------- the loop
     watch = Watch(rows)
     scale = args.loss_scale * ranks.world / args.batch_size                   # FSDP averages over all ranks; a step is the mean over its pairs
-    aside = [None] * len(list(policy.parameters())) if args.branch_norms else ()
     signals = Signals(args.save_minutes)
     for step in range(start, args.steps):
         began = time.perf_counter()
@@ -477,7 +470,7 @@ def main(args):
             known = errors[mine.start:mine.stop].T.to(ranks.device) if args.ref == "cached" else ref
             if trained.scores:
                 known = torch.zeros(2, per_rank, device=ranks.device)         # preferences have no reference
-            metrics = backward_batch(args, policy, known, batch, scale, ranks, aside)
+            metrics = backward_batch(args, policy, known, batch, scale, ranks)
             add_up(sums, metrics, batch["sigma"])
             margins += metrics["margin"].tolist() if needs_pairs else []
             samples += zip(batch["names"], metrics["loss"].tolist())
@@ -490,8 +483,6 @@ def main(args):
                                f"not take the same numerical path, so every later margin would be wrong by as much (and the DPO part of the loss is not log 2)")
 
         kept = counts["pairs"] / max(1, counts["kept"]) if "kept" in counts else 1.0
-        if args.branch_norms:
-            row |= add_branches(list(policy.parameters()), aside, kept)
         row["grad_norm"] = clip_gradients(list(policy.parameters()), args.max_grad_norm, kept)
         row["lr"] = learning_rate(step)
         for group in optimizer.param_groups:

@@ -24,18 +24,15 @@ import toy
 from data import check_samples, collate, fingerprint, open_data, order, randomness, weights_digest
 from evaluate import SHAPE, HeldOut, sample_held_out
 from fsdp_utils import (
-    ContextParallel,
+    build_model,
     clip_gradients,
     ema_update,
-    load_weights,
-    shard_model,
     spread,
     start_ranks,
     total,
 )
 from losses import add_noise, spo_loss
-from memory import checkpoint_blocks, memory_gib
-from model import WanModel
+from memory import check_memory_flags, memory_gib
 from run_folder import Signals, append_row, begin_log, check_folder, load_checkpoint, report_skipped
 from sample import KERNELS, log_density, step_coefficients, step_distribution, uniform_grid
 from weights import export_weights, locate_weights, open_wan
@@ -78,7 +75,11 @@ def parse_args(argv):
     # memory and ranks
     p.add_argument("--cp_size", type=int, default=1, help="ranks that share the tokens of each video; must divide the heads")
     p.add_argument("--ref", default="live", choices=["live", "offload"], help="where the frozen reference and preference model live: sharded beside the policy, or on the CPU")
-    p.add_argument("--checkpointing", default="off", choices=["off", "selective", "full"])
+    p.add_argument("--checkpointing", default="off", choices=["off", "selective", "chunked", "full"],
+                   help="how little blocks keep for backward, from most to least memory; memory.save_memory has the bytes and the time of each")
+    p.add_argument("--chunk_tokens", type=int, default=-1, help="tokens of a chunk in the modes chunked and full; -1: 8192; 0: no chunks")
+    p.add_argument("--compile", action="store_true", help="compile the blocks with torch.compile")
+    p.add_argument("--offload_activations", action="store_true", help="keep what blocks save for backward in CPU memory")
     # the run's folder
     p.add_argument("--save_every", type=int, default=10)
     p.add_argument("--keep", type=int, default=2, help="checkpoints that stay")
@@ -132,22 +133,6 @@ def check_score(path, found, config):
         if getattr(found, field) != getattr(config, field):
             raise ValueError(f"--score {path}: {field} is {getattr(found, field)}, expected {getattr(config, field)} as in --init, whose latents and conditions it is to "
                              "score; train it from a model of the same latents")
-
-
-def build_model(path, ranks, checkpointing="off", offload=False):
-    """The model at path, sharded over all ranks; each rank reads its own rows only."""
-    config, tensors = open_wan(path)
-    if config.num_heads % ranks.cp_size:
-        raise ValueError(f"--cp_size {ranks.cp_size} does not divide the {config.num_heads} heads of {path}")
-    with torch.device("meta"):
-        model = WanModel(config)
-    if ranks.cp_size > 1:
-        ContextParallel(model, ranks.cp_group)
-    checkpoint_blocks(model, checkpointing)
-    shard_model(model, ranks.mesh, offload)
-    model.to_empty(device="cpu" if offload else ranks.device)
-    load_weights(model, tensors)
-    return model
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -308,12 +293,14 @@ def main(args):
     # ---------------- ranks
     ranks = start_ranks(cp_size=args.cp_size)
     check_args(args, ranks)
+    memory = check_memory_flags(args)
     talk = print if ranks.rank == 0 else lambda *a, **k: None
     config, _ = open_wan(args.init)
     if config.scores:
         raise ValueError(f"--init {args.init}: a preference model, expected a model that generates; give it to --score")
     if args.score != "toy":
-        check_score(args.score, open_wan(args.score)[0], config)
+        score_config, _ = open_wan(args.score)
+        check_score(args.score, score_config, config)
     share = args.batch_size // (ranks.data_ranks * args.grad_accum)
     over_ranks = lambda numbers: [number / ranks.cp_size for number in total(numbers, ranks.device)]    # ranks that share a video count it as often
     branched = args.sample_steps - 1 - args.branch_from                       # steps with a pool
@@ -331,14 +318,14 @@ def main(args):
             raise ValueError(f"{prompts[0]['name']} holds a first_latent: roll-outs from a given first frame are not made here; take samples without one")
 
     # ---------------- models
-    policy = build_model(args.init, ranks, args.checkpointing)
+    policy = build_model(args.init, config, ranks, memory, trained=True)
     offload = args.ref == "offload"
-    ref = build_model(args.init, ranks, offload=offload).eval().requires_grad_(False)
-    ema = build_model(args.init, ranks).eval().requires_grad_(False) if args.ema_decay else None
+    ref = build_model(args.init, config, ranks, memory, offload=offload).eval().requires_grad_(False)
+    ema = build_model(args.init, config, ranks, memory).eval().requires_grad_(False) if args.ema_decay else None
     if args.score == "toy":
         score = toy_score(ref, args.guidance)
     else:
-        scorer = build_model(args.score, ranks, offload=offload).eval().requires_grad_(False)
+        scorer = build_model(args.score, score_config, ranks, memory, offload=offload).eval().requires_grad_(False)
         score = preference_score(scorer, ref, args.guidance, args.seed)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
 

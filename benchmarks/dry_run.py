@@ -188,9 +188,10 @@ def one_step(args, config, shape, ranks, live):
     pairs = args.batch_size // (ranks.data_ranks * args.grad_accum)
     needs_ref = args.loss not in ("sft", "preference") and args.ref != "cached"
     trained = replace(config, scores=args.loss == "preference")
-    policy = train.build_model(args, trained, ranks, args.checkpointing, args.offload_params)
-    ref = train.build_model(args, config, ranks, offload=args.ref == "offload").eval().requires_grad_(False) if needs_ref else torch.ones(2, pairs)
-    ema = train.build_model(args, trained, ranks, offload=args.offload_params).eval().requires_grad_(False) if args.ema_decay else None
+    flags = memory.check_memory_flags(args)
+    policy = train.build_model(args.init, trained, ranks, flags, trained=True, offload=args.offload_params)
+    ref = train.build_model(args.init, config, ranks, flags, offload=args.ref == "offload").eval().requires_grad_(False) if needs_ref else torch.ones(2, pairs)
+    ema = train.build_model(args.init, trained, ranks, flags, offload=args.offload_params).eval().requires_grad_(False) if args.ema_decay else None
     # AdamW sees the local shards as plain tensors: the same memory, and DTensor would think about each list of 1,000 for seconds
     params = list(policy.parameters())
     learning = [param for param in params if param.requires_grad]
@@ -230,12 +231,9 @@ def one_step(args, config, shape, ranks, live):
     batch = {name: torch.randn(pairs, *size) for name, size in sizes.items()} | {"sigma": torch.rand(pairs)}
     for tensor in batch.values():
         live.track(tensor, "inputs")
-    aside = [None] * len(params) if args.branch_norms else ()
     with live:
         for _ in range(args.grad_accum):
-            train.backward_batch(args, policy, ref, batch, 1.0, ranks, aside)
-        if args.branch_norms:
-            fsdp_utils.add_branches(params, aside, 1.0)
+            train.backward_batch(args, policy, ref, batch, 1.0, ranks)
         for shard, param in zip(shards, learning):
             shard.grad, param.grad = param.grad.to_local(), None
         fsdp_utils.clip_gradients(shards, args.max_grad_norm)
@@ -282,7 +280,8 @@ def extrapolate(flags, config, shape, world):
 
     def all_blocks(shape):
         return line(config.num_layers, 4, simulate(flags, replace(config, num_layers=4), shape, world), 6, simulate(flags, replace(config, num_layers=6), shape, world))
-    few, many = 2 * args.chunk_tokens * args.cp_size, 4 * args.chunk_tokens * args.cp_size
+    chunk_size = memory.check_memory_flags(args).chunk_size
+    few, many = 2 * chunk_size * args.cp_size, 4 * chunk_size * args.cp_size
     if not few < many < tokens:
         return all_blocks(shape)
     found_few, found_many = (all_blocks((shape[0], tokens, *config.patch_size[1:])) for tokens in (few, many))

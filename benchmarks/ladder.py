@@ -33,18 +33,18 @@ in the first figure only). Time: an estimate, over that of the needed FLOPs alon
 exchanges and AdamW on the CPU do not."""
 
 
-def build_peer(args, config, ranks, checkpointing=None, offload=False):
+def build_peer(path, config, ranks, memory=None, trained=False, offload=False):
     """In train.build_model's place: diffusers' model as its users shard it, gathered in bf16; the policy checkpointed block by block, the reference in bf16."""
     from diffusers import WanTransformer3DModel
 
     class Peer(WanTransformer3DModel):
         def forward(self, x, timestep, context):
             return super().forward(hidden_states=x, timestep=timestep, encoder_hidden_states=context, return_dict=False)[0]
-    torch.set_default_dtype(torch.float32 if checkpointing else torch.bfloat16)
+    torch.set_default_dtype(torch.float32 if trained else torch.bfloat16)
     model = Peer(**{name: value for name, value in public_config(config, "diffusers").items() if name not in ("_class_name", "text_len")})
     torch.set_default_dtype(torch.float32)
     model.register_to_config(scores=False)                                # what train.py asks of a model
-    if checkpointing:
+    if trained:
         model.enable_gradient_checkpointing()
     half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     for block in model.blocks:

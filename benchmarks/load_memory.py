@@ -91,7 +91,7 @@ def load(rank, world, port, init, saved=""):
     found, models = {}, []
     for part, options in (("policy", {}), ("reference, offloaded", {"offload": True}), ("average", {})):
         with Peak() as peak:
-            models.append(train.build_model(args, config, ranks, **options))
+            models.append(train.build_model(args.init, config, ranks, **options))
         found[part] = (peak.anonymous, peak.resident, peak.held)
         if init == "scratch":
             break

@@ -84,7 +84,7 @@ def test_what_is_measured_is_printed_run_by_run(capsys):
 @pytest.mark.parametrize("words, message", [("--frames 80", "1 more than a multiple of 4"), ("--size 480 830", "multiples of 16"), ("--ranks 0", "at least 1"),
                                             ("--tokens 100 --frames 81", "give one"), ("--margin 90", "leaves nothing"), ("--ranks 8 --cp_size 3", "--cp_size 3"),
                                             ("--ranks 5 --cp_size 5 --model wan2.1-t2v-1.3b", "does not divide the 12 heads"), ("--ranks 3 --backward pair", "even number"),
-                                            ("--ranks 2 --loss sft --backward pair", "sft"), ("--offload_activations --chunk_tokens -1", "expected")])
+                                            ("--ranks 2 --loss sft --backward pair", "sft"), ("--checkpointing full --chunk_tokens -2", "expected")])
 def test_what_cannot_be_planned_is_said_at_once(words, message):
     with pytest.raises(ValueError, match=message):
         bench.main(["--plan", *words.split()])

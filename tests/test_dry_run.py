@@ -44,7 +44,7 @@ OFFLOADED = "--loss sft --checkpointing full --offload_activations"
 slow = lambda case: pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.slow)
 
 
-@pytest.mark.parametrize("words", ["--loss sft --chunk_tokens 64", slow("--checkpointing full --backward sequential"), slow("--ema_decay 0.9")])
+@pytest.mark.parametrize("words", ["--loss sft --checkpointing chunked --chunk_tokens 64", slow("--checkpointing full --backward sequential"), slow("--ema_decay 0.9")])
 def test_a_plan_is_what_the_same_step_takes_with_real_tensors(words):
     plan, taken = simulate(flags(words), SMALL, SHAPE, 1), []
     allocated = peak_of_the_allocator(lambda: taken.append(simulate(flags(words), SMALL, SHAPE, 1, fake=False)))

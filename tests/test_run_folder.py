@@ -75,7 +75,7 @@ def same_end(one, other):
 # going on
 
 SLOW = [(1, f"--loss {loss}") for loss in train.LOSS_FLAGS if loss not in ("sft", "regdpo", "sdpo")] + [
-    (1, "--backward sequential --branch_norms"), (2, "--grad_accum 2"), (2, "--backward pair --ref cached"), (4, "--cp_size 2 --backward pair --checkpointing full")]
+    (1, "--backward sequential"), (2, "--grad_accum 2"), (2, "--backward pair --ref cached"), (4, "--cp_size 2 --backward pair --checkpointing full")]
 
 
 @pytest.mark.parametrize("ranks, flags", [(1, "--grad_accum 2 --ref cached"), (2, "--loss sdpo --backward pair"), (2, "--loss sft --cp_size 2 --caption_dropout 0.3 --decay_steps 3"),
