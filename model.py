@@ -44,6 +44,10 @@ class WanConfig:
     def model_type(self):             # the official word, which follows from the rest
         return "flf2v" if self.image_pos_len else "i2v" if self.in_dim > self.out_dim else "ti2v" if self.out_dim == 48 else "t2v"
 
+    @property
+    def vae(self):                    # whose latents: the embedded world's pixel codec, Wan2.1's VAE, Wan2.2's
+        return {12: "embedded", 16: "wan2.1", 48: "wan2.2"}.get(self.out_dim, "unknown")
+
     def condition_shapes(self, latents):
         """latents: the shape (C, F, H, W) of a sample -> {name: shape} of what goes with it; ti2v without first_latent is text-to-video."""
         shapes = {"y": (self.in_dim - self.out_dim, *latents[1:])} if self.in_dim > self.out_dim else {}

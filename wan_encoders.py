@@ -1,5 +1,12 @@
 """
-Wan's own encoders.
+Wan's own encoders, from public files: the text encoder (UMT5-XXL), the VAE, and CLIP's vision tower.
+
+    encoders = open_encoders("Wan2.1-I2V-14B-480P", CONFIGS["wan2.1-i2v-14b"], "cuda")
+    context = encoders.encode_text("a red ball")                      # (T, D)
+    latents = encoders.encode_video(video)                            # (3, F, H, W) in [-1, 1] -> (C, f, h, w)
+
+Reads an original Wan folder (.pth files, nothing in them is executed) or a diffusers folder; nothing is downloaded.
+The networks are those of transformers and diffusers, imported when a part is first needed.
 """
 import html
 import pickle
@@ -11,41 +18,99 @@ import torch.nn.functional as F
 
 from weights import find_weights, open_safetensors, read_json
 
-# Wan's unconditional text where a user gives none. Wan2.1's own image pipelines put 镜头晃动， before it, and FLF2V's 镜头切换， before that.
-NEGATIVE_PROMPT = ("色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
-                   "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
+# Wan's unconditional text where a user gives none.
+# Wan2.1's own image pipelines put 镜头晃动， before it, and FLF2V's 镜头切换， before that.
+NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
+    "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")
 
-CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-LATENTS = {   # channels -> mean and deviation of each: 16 Wan2.1's VAE, 48 Wan2.2's
-    16: ([-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508, 0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921],
-         [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743, 3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160]),
-    48: ([-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891, 0.1570, -0.0098, 0.0375, -0.1825,
-          -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502, -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230,
-          -0.0313, -0.1649, 0.0117, 0.0723, -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667],
-         [0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901, 0.6885, 0.6165, 0.8454, 0.4978,
-          0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659, 0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093,
-          0.5709, 0.6065, 0.6415, 0.4944, 0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744])}
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 
-# Names in the original .pth files -> names in transformers and diffusers: regular expressions, applied one after the other.
+# What Wan's latents are normalised with: VAE -> mean and standard deviation of each channel.
+LATENTS = {
+    "wan2.1": (
+        [-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508,
+         0.4134, -0.0715, 0.5517, -0.3632, -0.1922, -0.9497, 0.2503, -0.2921],
+        [2.8184, 1.4541, 2.3275, 2.6558, 1.2196, 1.7708, 2.6052, 2.0743,
+         3.2687, 2.1526, 2.8652, 1.5579, 1.6382, 1.1253, 2.8251, 1.9160]),
+    "wan2.2": (
+        [-0.2289, -0.0052, -0.1323, -0.2339, -0.2799, 0.0174, 0.1838, 0.1557, -0.1382, 0.0542, 0.2813, 0.0891,
+         0.1570, -0.0098, 0.0375, -0.1825, -0.2246, -0.1207, -0.0698, 0.5109, 0.2665, -0.2108, -0.2158, 0.2502,
+         -0.2055, -0.0322, 0.1109, 0.1567, -0.0729, 0.0899, -0.2799, -0.1230, -0.0313, -0.1649, 0.0117, 0.0723,
+         -0.2839, -0.2083, -0.0520, 0.3748, 0.0152, 0.1957, 0.1433, -0.2944, 0.3573, -0.0548, -0.1681, -0.0667],
+        [0.4765, 1.0364, 0.4514, 1.1677, 0.5313, 0.4990, 0.4818, 0.5013, 0.8158, 1.0344, 0.5894, 1.0901,
+         0.6885, 0.6165, 0.8454, 0.4978, 0.5759, 0.3523, 0.7135, 0.6804, 0.5833, 1.4146, 0.8986, 0.5659,
+         0.7069, 0.5338, 0.4889, 0.4917, 0.4069, 0.4999, 0.6866, 0.4093, 0.5709, 0.6065, 0.6415, 0.4944,
+         0.5726, 1.2042, 0.5458, 1.6887, 0.3971, 1.0600, 0.3943, 0.5537, 0.5444, 0.4089, 0.7468, 0.7744])}
+CHANNELS = {vae: len(mean) for vae, (mean, _) in LATENTS.items()}
+PIXELS = {"wan2.1": 8, "wan2.2": 16}                                  # height and width of a latent, in pixels
+
+# File of each part: in an original Wan folder, in a diffusers folder.
+TOKENIZER_FILES = ("google/umt5-xxl/tokenizer.json", "tokenizer/tokenizer.json")
+TEXT_FILES = ("models_t5_umt5-xxl-enc-bf16.pth", "text_encoder/config.json")
+VAE_FILES = {"wan2.1": ("Wan2.1_VAE.pth", "vae/config.json"), "wan2.2": ("Wan2.2_VAE.pth", "vae/config.json")}
+CLIP_FILES = ("models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth", "image_encoder/config.json")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# names in the original .pth files -> names in transformers and diffusers: regular expressions, applied one by one
+
 TEXT_NAMES = {
-    r"^token_embedding\.": "shared.", r"^norm\.": "encoder.final_layer_norm.", r"^blocks\.": "encoder.block.", r"\.norm1\.": ".layer.0.layer_norm.",
-    r"\.pos_embedding\.embedding\.": ".layer.0.SelfAttention.relative_attention_bias.",   # one in every block: what makes it UMT5
-    r"\.attn\.": ".layer.0.SelfAttention.", r"\.norm2\.": ".layer.1.layer_norm.", r"\.ffn\.gate\.0\.": ".layer.1.DenseReluDense.wi_0.",
-    r"\.ffn\.fc1\.": ".layer.1.DenseReluDense.wi_1.", r"\.ffn\.fc2\.": ".layer.1.DenseReluDense.wo."}
+    r"^token_embedding\.": "shared.",
+    r"^norm\.": "encoder.final_layer_norm.",
+    r"^blocks\.": "encoder.block.",
+    r"\.norm1\.": ".layer.0.layer_norm.",
+    r"\.pos_embedding\.embedding\.": ".layer.0.SelfAttention.relative_attention_bias.",   # in every block: UMT5's mark
+    r"\.attn\.": ".layer.0.SelfAttention.",
+    r"\.norm2\.": ".layer.1.layer_norm.",
+    r"\.ffn\.gate\.0\.": ".layer.1.DenseReluDense.wi_0.",
+    r"\.ffn\.fc1\.": ".layer.1.DenseReluDense.wi_1.",
+    r"\.ffn\.fc2\.": ".layer.1.DenseReluDense.wo."}
+
+
+def decoder_stage(match):
+    """Wan2.1's decoder is one list, which diffusers cuts into stages of four: three residual blocks, one upsampler."""
+    return f"decoder.up_blocks.{int(match[1]) // 4}.upsamplers.0."
+
+
+def decoder_block(match):
+    stage, block = divmod(int(match[1]), 4)
+    return f"decoder.up_blocks.{stage}.resnets.{block}."
+
+
 VAE_NAMES = {
-    r"^conv1\.": "quant_conv.", r"^conv2\.": "post_quant_conv.", r"coder\.conv1\.": "coder.conv_in.", r"\.head\.0\.": ".norm_out.",
-    r"\.head\.2\.": ".conv_out.", r"\.shortcut\.": ".conv_shortcut.",
-    r"\.middle\.0\.": ".mid_block.resnets.0.", r"\.middle\.1\.": ".mid_block.attentions.0.", r"\.middle\.2\.": ".mid_block.resnets.1.",
-    r"\.residual\.0\.": ".norm1.", r"\.residual\.2\.": ".conv1.", r"\.residual\.3\.": ".norm2.", r"\.residual\.6\.": ".conv2.",
-    r"(down|up)samples\.(\d+)\.\1samples\.\d+\.(?=resample|time_conv)": r"\1_blocks.\2.\1sampler.",                     # Wan2.2 has stages;
-    r"(down|up)samples\.(\d+)\.\1samples\.": r"\1_blocks.\2.resnets.", r"encoder\.downsamples\.": "encoder.down_blocks.",   # Wan2.1 one list, which
-    r"decoder\.upsamples\.(\d+)\.(?=resample|time_conv)": lambda m: f"decoder.up_blocks.{int(m[1]) // 4}.upsamplers.0.",   # is stages of four here
-    r"decoder\.upsamples\.(\d+)\.": lambda m: f"decoder.up_blocks.{int(m[1]) // 4}.resnets.{int(m[1]) % 4}."}
+    r"^conv1\.": "quant_conv.",
+    r"^conv2\.": "post_quant_conv.",
+    r"coder\.conv1\.": "coder.conv_in.",
+    r"\.head\.0\.": ".norm_out.",
+    r"\.head\.2\.": ".conv_out.",
+    r"\.shortcut\.": ".conv_shortcut.",
+    r"\.middle\.0\.": ".mid_block.resnets.0.",
+    r"\.middle\.1\.": ".mid_block.attentions.0.",
+    r"\.middle\.2\.": ".mid_block.resnets.1.",
+    r"\.residual\.0\.": ".norm1.",
+    r"\.residual\.2\.": ".conv1.",
+    r"\.residual\.3\.": ".norm2.",
+    r"\.residual\.6\.": ".conv2.",
+    # Wan2.2's VAE names its stages; Wan2.1's is one list
+    r"(down|up)samples\.(\d+)\.\1samples\.\d+\.(?=resample|time_conv)": r"\1_blocks.\2.\1sampler.",
+    r"(down|up)samples\.(\d+)\.\1samples\.": r"\1_blocks.\2.resnets.",
+    r"encoder\.downsamples\.": "encoder.down_blocks.",
+    r"decoder\.upsamples\.(\d+)\.(?=resample|time_conv)": decoder_stage,
+    r"decoder\.upsamples\.(\d+)\.": decoder_block}
 CLIP_NAMES = {
-    r"^visual\.cls_embedding$": "embeddings.class_embedding", r"^visual\.pos_embedding$": "embeddings.position_embedding.weight",
-    r"^visual\.patch_embedding\.": "embeddings.patch_embedding.", r"^visual\.pre_norm\.": "pre_layrnorm.", r"^visual\.post_norm\.": "post_layernorm.",
-    r"^visual\.transformer\.": "encoder.layers.", r"\.norm([12])\.": r".layer_norm\1.", r"\.mlp\.0\.": ".mlp.fc1.", r"\.mlp\.2\.": ".mlp.fc2.",
-    r"\.attn\.proj\.": ".self_attn.out_proj.", r"\.attn\.to_qkv\.": ".self_attn.qkv_proj."}
+    r"^visual\.cls_embedding$": "embeddings.class_embedding",
+    r"^visual\.pos_embedding$": "embeddings.position_embedding.weight",
+    r"^visual\.patch_embedding\.": "embeddings.patch_embedding.",
+    r"^visual\.pre_norm\.": "pre_layrnorm.",
+    r"^visual\.post_norm\.": "post_layernorm.",
+    r"^visual\.transformer\.": "encoder.layers.",
+    r"\.norm([12])\.": r".layer_norm\1.",
+    r"\.mlp\.0\.": ".mlp.fc1.",
+    r"\.mlp\.2\.": ".mlp.fc2.",
+    r"\.attn\.proj\.": ".self_attn.out_proj.",
+    r"\.attn\.to_qkv\.": ".self_attn.qkv_proj."}
 
 
 def rename(name, table):
@@ -54,194 +119,296 @@ def rename(name, table):
     return name
 
 
-# Original files come without settings, which are read off the tensors: state dict of a .pth file -> the library's state dict, settings of its class
+# Original files come without settings, which are read off the shapes of the tensors.
+# Each function: state dict of a .pth file -> the library's state dict, settings of the library's class
+
 def text_from_original(state):
-    state, first = {rename(name, TEXT_NAMES): tensor for name, tensor in state.items()}, "encoder.block.0.layer"
+    state = {rename(name, TEXT_NAMES): tensor for name, tensor in state.items()}
+    first = "encoder.block.0.layer"
     buckets, heads = state[f"{first}.0.SelfAttention.relative_attention_bias.weight"].shape
-    return state, {"vocab_size": len(state["shared.weight"]), "d_model": len(state["encoder.final_layer_norm.weight"]), "num_heads": heads,
-                   "d_kv": len(state[f"{first}.0.SelfAttention.q.weight"]) // heads, "d_ff": len(state[f"{first}.1.DenseReluDense.wi_0.weight"]),
-                   "relative_attention_num_buckets": buckets, "num_layers": sum("Attention.q." in name for name in state), "feed_forward_proj": "gated-gelu"}
+    settings = {
+        "vocab_size": len(state["shared.weight"]),
+        "d_model": len(state["encoder.final_layer_norm.weight"]),
+        "num_heads": heads,
+        "d_kv": len(state[f"{first}.0.SelfAttention.q.weight"]) // heads,
+        "d_ff": len(state[f"{first}.1.DenseReluDense.wi_0.weight"]),
+        "relative_attention_num_buckets": buckets,
+        "num_layers": sum("Attention.q." in name for name in state),
+        "feed_forward_proj": "gated-gelu"}
+    return state, settings
 
 
 def vae_from_original(state):
     state = {rename(name, VAE_NAMES): tensor for name, tensor in state.items()}
     channels = len(state["post_quant_conv.weight"])
-    mean, std = LATENTS.get(channels, ((), ()))
-    settings = {"z_dim": channels, "latents_mean": mean, "latents_std": std, "base_dim": len(state["encoder.conv_in.weight"]),
-                "decoder_base_dim": len(state["decoder.conv_in.weight"]) // 4}
-    if channels == 48:   # sees patches of 2 x 2 pixels as channels
-        settings |= {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2, "scale_factor_spatial": 16}
+    settings = {
+        "z_dim": channels,
+        "latents_mean": (),
+        "latents_std": (),
+        "base_dim": len(state["encoder.conv_in.weight"]),
+        "decoder_base_dim": len(state["decoder.conv_in.weight"]) // 4}
+    for vae, (mean, std) in LATENTS.items():
+        if channels == CHANNELS[vae]:
+            settings |= {"latents_mean": mean, "latents_std": std}
+    if channels == CHANNELS["wan2.2"]:                                # sees patches of 2 x 2 pixels as channels
+        settings |= {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2,
+                     "scale_factor_spatial": PIXELS["wan2.2"]}
     return state, settings
 
 
 def clip_from_original(state):
-    vision = {}   # without the text tower and visual.head, the projection to the space of both
+    vision = {}                       # without the text tower, and without visual.head, which maps to the shared space
     for name, tensor in state.items():
-        if name.startswith("visual.") and name != "visual.head":
-            new = rename(name, CLIP_NAMES)
-            parts = zip("qkv", tensor.chunk(3)) if "qkv_proj" in new else [("qkv", tensor.squeeze())]   # two embeddings have axes of 1 in front
-            vision |= {new.replace("qkv_proj", f"{part}_proj"): rows for part, rows in parts}
+        if not name.startswith("visual.") or name == "visual.head":
+            continue
+        new = rename(name, CLIP_NAMES)
+        if "qkv_proj" in new:                                         # the three as one matrix
+            for letter, rows in zip("qkv", tensor.chunk(3)):
+                vision[new.replace("qkv_proj", f"{letter}_proj")] = rows
+        else:
+            vision[new] = tensor.squeeze()                            # two embeddings have axes of 1 in front
     width, _, patch, _ = vision["embeddings.patch_embedding.weight"].shape
-    side = round((len(vision["embeddings.position_embedding.weight"]) - 1) ** 0.5)                        # in patches
-    return vision, {"hidden_size": width, "patch_size": patch, "image_size": side * patch, "num_attention_heads": 16, "hidden_act": "gelu",
-                    "intermediate_size": len(vision["encoder.layers.0.mlp.fc1.weight"]), "num_hidden_layers": sum("fc1.weight" in name for name in vision)}
+    side = round((len(vision["embeddings.position_embedding.weight"]) - 1) ** 0.5)        # of the image, in patches
+    settings = {
+        "hidden_size": width,
+        "patch_size": patch,
+        "image_size": side * patch,
+        "num_attention_heads": 16,
+        "hidden_act": "gelu",
+        "intermediate_size": len(vision["encoder.layers.0.mlp.fc1.weight"]),
+        "num_hidden_layers": sum("fc1.weight" in name for name in vision)}
+    return vision, settings
 
 
-def find_part(path, original, diffusers):
-    """The file that a part of the encoders is or begins with, in an original Wan folder or a diffusers one."""
-    for found in (path / original, path / diffusers):
-        if found.is_file():
-            return found
-    raise ValueError(f"{path}: neither {original} (original Wan folder) nor {diffusers} (diffusers folder) in it; give the folder of the whole model")
+# ---------------------------------------------------------------------------------------------------------------------
+# reading the files
+
+def find_part(path, files):
+    """The first file of a part of the encoders. files: its name in an original folder, its name in a diffusers one."""
+    for name in files:
+        if (path / name).is_file():
+            return path / name
+    raise ValueError(f"{path}: neither {files[0]} (original Wan folder) nor {files[1]} (diffusers folder) in it; "
+                     "give the folder of the whole model")
 
 
-def read_part(found, from_original):
-    """found: a .pth file (nothing in it is executed) or the config.json beside .safetensors -> the library's state dict, settings of its class"""
-    if found.suffix == ".json":
-        return {name: open_safetensors(file).get_tensor(name) for name, file in find_weights(found.parent).items()}, read_json(found)
+def read_part(file, from_original):
+    """
+    The library's state dict and the settings of its class.
+
+    file: an original .pth file, read by from_original, or the config.json next to .safetensors files.
+    """
+    if file.suffix == ".json":
+        state = {name: open_safetensors(shard).get_tensor(name) for name, shard in find_weights(file.parent).items()}
+        return state, read_json(file)
     try:
-        return from_original(torch.load(found, map_location="cpu", weights_only=True, mmap=True))
-    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError, KeyError, AttributeError, TypeError, ValueError) as error:
-        raise ValueError(f"{found}: not a whole file with the tensors of Wan's of this name ({error!r:.200}); copy or download it again") from error
+        return from_original(torch.load(file, map_location="cpu", weights_only=True, mmap=True))
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError,
+            KeyError, AttributeError, TypeError, ValueError) as error:
+        raise ValueError(f"{file}: not a whole file with the tensors of Wan's of this name ({error!r:.200}); "
+                         "copy or download it again") from error
 
 
-def fill(build, state, where, device, dtype):
-    """-> build() with exactly the tensors of `state`, in dtype (None: each in its own), for inference."""
+def fill(build, state, file, device, dtype):
+    """The network build() with exactly the tensors of `state`, in dtype (None: each in its own), for inference."""
     from accelerate import init_empty_weights
-    with init_empty_weights():   # no time and memory for random weights
+    with init_empty_weights():                                        # no time and memory for random weights
         network = build()
+    state = {name: tensor.to(device, dtype) for name, tensor in state.items()}
     try:
-        network.load_state_dict({name: tensor.to(device, dtype) for name, tensor in state.items()}, strict=True, assign=True)
+        network.load_state_dict(state, strict=True, assign=True)
     except RuntimeError as error:
-        raise ValueError(f"{where}: {' '.join(str(error).split()):.600}; copy or download it again") from error
+        raise ValueError(f"{file}: {' '.join(str(error).split()):.600}; copy or download it again") from error
     return network.to(device).eval().requires_grad_(False)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# the encoders
+
 def open_encoders(path, config, device="cpu"):
-    """path: an original Wan folder or a diffusers folder, whole; config: the WanConfig of the model that the encoders are for. Loads nothing yet."""
+    """
+    The Encoders of a model; loads nothing yet.
+
+    path: an original Wan folder or a diffusers folder, whole; config: the WanConfig of the model.
+    """
     if not Path(path).is_dir():
-        raise ValueError(f"{path}: no such folder; expected an original Wan folder or a diffusers one, with text encoder, tokenizer and VAE")
-    if config.out_dim not in LATENTS:
-        raise ValueError(f"a model with {config.out_dim} latent channels has no Wan encoders; those are for 16 (Wan2.1, A14B) and 48 (Wan2.2-TI2V-5B)")
+        raise ValueError(f"{path}: no such folder; expected an original Wan folder or a diffusers one, "
+                         "with text encoder, tokenizer and VAE")
+    if config.vae not in LATENTS:
+        raise ValueError(f"a model with {config.out_dim} latent channels has no Wan encoders; "
+                         "those are for 16 (Wan2.1, A14B) and 48 (Wan2.2-TI2V-5B)")
     return Encoders(Path(path), config, torch.device(device))
 
 
 class Encoders:
     """
-    Text encoder, VAE and CLIP of a Wan model, each loaded when it is first needed and kept until free(part). Inputs may lie on any device, results
-    are float32 on the CPU. The text encoder runs in bf16 on a GPU, as Wan's own does (11 GB), and elsewhere in the dtype it is stored in; VAE and
-    CLIP run in float32, since latents are what a model learns from, and both are small.
+    Text encoder, VAE and CLIP of a Wan model, each loaded when it is first needed and kept until free(part).
+
+    Inputs may be on any device; results are float32 on the CPU. The text encoder runs in bf16 on a GPU, as Wan's own
+    does (11 GB), and elsewhere in the dtype it is stored in. VAE and CLIP run in float32: latents are what a model
+    learns from, and both are small.
     """
+    name = "wan"
+    frame_step = 4                                                    # a video has frame_step * n + 1 frames
+
     def __init__(self, path, config, device):
-        self.path, self.config, self.device, self.loaded = path, config, device, {}
-        self.multiple = (16 if config.out_dim == 48 else 8) * config.patch_size[1]   # of height and width, in pixels
+        self.path = path
+        self.config = config
+        self.device = device
+        self.loaded = {}
+        self.multiple = PIXELS[config.vae] * config.patch_size[1]     # of height and width, in pixels
         self.parts = ("text", "vae", "clip") if config.image_dim else ("text", "vae")
 
     def part(self, name):
-        """"text": tokenizer, encoder · "vae": VAE, mean and deviation of its latents (C, 1, 1, 1) · "clip": vision tower"""
+        """
+        "text": tokenizer, encoder · "vae": VAE, mean and deviation of its latents (C, 1, 1, 1) · "clip": vision tower
+
+        Raises ValueError for files that are missing, damaged, or another model's.
+        """
         if name not in self.loaded:
             self.loaded[name] = getattr(self, f"load_{name}")()
         return self.loaded[name]
 
     def free(self, name):
         self.loaded.pop(name, None)
-        torch.cuda.empty_cache()   # does nothing where there is no GPU
+        torch.cuda.empty_cache()                                      # does nothing where there is no GPU
 
     def load_text(self):
         from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
-        file = find_part(self.path, "google/umt5-xxl/tokenizer.json", "tokenizer/tokenizer.json")
-        # This file is all of the tokenizer. AutoTokenizer would make a T5Tokenizer, which in transformers 5 keeps only part of it.
-        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(file))
+        tokenizer_file = find_part(self.path, TOKENIZER_FILES)
+        # This file is all of the tokenizer. AutoTokenizer would make a T5Tokenizer: in transformers 5 only part of it.
+        tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(tokenizer_file))
         if tokenizer("a").input_ids[-1:] != [1]:
-            raise ValueError(f"{file}: \"a\" becomes {tokenizer('a').input_ids}, expected the end mark, 1, in the last place; not the tokenizer of UMT5")
-        found = find_part(self.path, "models_t5_umt5-xxl-enc-bf16.pth", "text_encoder/config.json")
-        state, settings = read_part(found, text_from_original)
+            raise ValueError(f"{tokenizer_file}: \"a\" becomes {tokenizer('a').input_ids}, expected the end mark, 1, "
+                             "in the last place; not the tokenizer of UMT5")
+        file = find_part(self.path, TEXT_FILES)
+        state, settings = read_part(file, text_from_original)
         width, vocabulary = settings.get("d_model"), settings.get("vocab_size", 0)
         if width != self.config.text_dim or vocabulary < len(tokenizer):
-            raise ValueError(f"{found}: {vocabulary} tokens of width {width}, expected width {self.config.text_dim} for this model and at least "
-                             f"the {len(tokenizer)} tokens of {file}")
-        # The encoder's own table is `shared`, and not stored. Some releases of transformers leave zeros there, and the video is garbage: tied here.
+            raise ValueError(f"{file}: {vocabulary} tokens of width {width}, expected width {self.config.text_dim} "
+                             f"for this model and at least the {len(tokenizer)} tokens of {tokenizer_file}")
+        # The encoder's own table is `shared`, and not stored. Some releases of transformers leave zeros there, and the
+        # video is garbage: tied here.
         shared = state.get("shared.weight", torch.empty(0))
         if not torch.equal(state.pop("encoder.embed_tokens.weight", shared), shared):
-            raise ValueError(f"{found}: encoder.embed_tokens.weight is not shared.weight, as it should be; download the folder again")
-        encoder = fill(lambda: UMT5EncoderModel(UMT5Config.from_dict(settings)), state | {"encoder.embed_tokens.weight": shared}, found, self.device,
-                       torch.bfloat16 if self.device.type == "cuda" else None)
+            raise ValueError(f"{file}: encoder.embed_tokens.weight is not shared.weight, as it should be; "
+                             "download the folder again")
+        state["encoder.embed_tokens.weight"] = shared
+        dtype = torch.bfloat16 if self.device.type == "cuda" else None
+        encoder = fill(lambda: UMT5EncoderModel(UMT5Config.from_dict(settings)), state, file, self.device, dtype)
         encoder.encoder.embed_tokens.weight = encoder.shared.weight
         return tokenizer, encoder
 
     def load_vae(self):
         from diffusers import AutoencoderKLWan
-        found = find_part(self.path, f"Wan2.{2 if self.config.out_dim == 48 else 1}_VAE.pth", "vae/config.json")
-        state, settings = read_part(found, vae_from_original)
-        mean, std = (torch.tensor(settings.get(name) or ()).view(-1, 1, 1, 1).to(self.device) for name in ("latents_mean", "latents_std"))
-        if not settings.get("z_dim") == len(mean) == len(std) == self.config.out_dim:
-            raise ValueError(f"{found}: a VAE with {settings.get('z_dim')} latent channels, {len(mean)} means and {len(std)} deviations of them; expected "
-                             f"{self.config.out_dim} for this model")
-        return fill(lambda: AutoencoderKLWan.from_config(settings), state, found, self.device, torch.float32), mean, std
+        file = find_part(self.path, VAE_FILES[self.config.vae])
+        state, settings = read_part(file, vae_from_original)
+        mean = torch.tensor(settings.get("latents_mean") or ()).view(-1, 1, 1, 1).to(self.device)
+        std = torch.tensor(settings.get("latents_std") or ()).view(-1, 1, 1, 1).to(self.device)
+        channels = CHANNELS[self.config.vae]
+        if not settings.get("z_dim") == len(mean) == len(std) == channels:
+            raise ValueError(f"{file}: a VAE with {settings.get('z_dim')} latent channels, {len(mean)} means and "
+                             f"{len(std)} deviations of them; expected {channels} for this model")
+        vae = fill(lambda: AutoencoderKLWan.from_config(settings), state, file, self.device, torch.float32)
+        return vae, mean, std
 
     def load_clip(self):
         from transformers import CLIPVisionConfig, CLIPVisionModel
-        found = find_part(self.path, "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth", "image_encoder/config.json")
-        state, settings = read_part(found, clip_from_original)
+        file = find_part(self.path, CLIP_FILES)
+        state, settings = read_part(file, clip_from_original)
         if settings.get("hidden_size") != self.config.image_dim:
-            raise ValueError(f"{found}: features of width {settings.get('hidden_size')}, expected {self.config.image_dim} for this model")
-        state = {name.removeprefix("vision_model."): tensor for name, tensor in state.items()}   # as files and transformers 4 have it, one level down
-        return fill(lambda: getattr(network := CLIPVisionModel(CLIPVisionConfig.from_dict(settings)), "vision_model", network), state, found, self.device,
-                    torch.float32)
+            raise ValueError(f"{file}: features of width {settings.get('hidden_size')}, "
+                             f"expected {self.config.image_dim} for this model")
+
+        def build():
+            model = CLIPVisionModel(CLIPVisionConfig.from_dict(settings))
+            return getattr(model, "vision_model", model)              # transformers 4 has the tower one level down
+
+        state = {name.removeprefix("vision_model."): tensor for name, tensor in state.items()}    # and so do files
+        return fill(build, state, file, self.device, torch.float32)
 
     @torch.no_grad()
     def encode_text(self, prompt):
-        """prompt -> context (T, D), T <= 512 with the end mark; as if padded to 512, encoded with the attention mask and cut at the true length."""
+        """
+        The context (T, D) of a prompt, T <= 512 rows with that of the end mark.
+
+        The rows are those of a prompt padded to 512 tokens, encoded with the attention mask, cut at the true length.
+        """
         import ftfy
         tokenizer, encoder = self.part("text")
-        text = " ".join(html.unescape(html.unescape(ftfy.fix_text(prompt))).split())   # cleaned as Wan does; twice, for &amp;lt;
+        text = html.unescape(html.unescape(ftfy.fix_text(prompt)))    # cleaned as Wan does; twice, for &amp;lt;
+        text = " ".join(text.split())
         tokens = tokenizer(text, truncation=True, max_length=self.config.text_len).input_ids
         return encoder(torch.tensor([tokens], device=self.device)).last_hidden_state[0].float().cpu()
 
     @torch.no_grad()
     def encode_video(self, video):
-        """video (3, F, H, W) in [-1, 1], F = 4n+1 -> latents (C, n+1, h, w), normalised: the mean of the VAE's distribution, no draw from it."""
-        if video.ndim != 4 or len(video) != 3 or video.shape[1] % 4 != 1 or video.shape[2] % self.multiple or video.shape[3] % self.multiple \
-                or not video.abs().max() <= 1:
-            raise ValueError(f"a video of {tuple(video.shape)}, values from {video.min():g} to {video.max():g}; expected 3 channels, 4n+1 frames, height "
-                             f"and width multiples of {self.multiple}, values in [-1, 1]")
+        """
+        The latents (C, n + 1, h, w), normalised, of a video (3, 4n + 1, H, W) in [-1, 1].
+
+        They are the mean of the VAE's distribution, not a draw from it. Raises ValueError for another shape or range.
+        """
+        whole = video.ndim == 4 and len(video) == 3 and video.shape[1] % self.frame_step == 1
+        if not whole or video.shape[2] % self.multiple or video.shape[3] % self.multiple or not video.abs().max() <= 1:
+            raise ValueError(f"a video of {tuple(video.shape)}, values from {video.min():g} to {video.max():g}; "
+                             "expected 3 channels, 4n+1 frames, height and width multiples of "
+                             f"{self.multiple}, values in [-1, 1]")
         vae, mean, std = self.part("vae")
-        return ((vae.encode(video[None].to(self.device, torch.float32)).latent_dist.mode()[0] - mean) / std).cpu()
+        distribution = vae.encode(video[None].to(self.device, torch.float32)).latent_dist
+        return ((distribution.mode()[0] - mean) / std).cpu()
 
     @torch.no_grad()
     def decode_video(self, latents):
         """latents (C, f, h, w), normalised -> video (3, 4 (f-1) + 1, H, W) in [-1, 1]."""
         vae, mean, std = self.part("vae")
-        return vae.decode((latents.to(self.device, torch.float32) * std + mean)[None]).sample[0].clamp(-1, 1).cpu()
+        latents = latents.to(self.device, torch.float32) * std + mean
+        return vae.decode(latents[None]).sample[0].clamp(-1, 1).cpu()
 
     @torch.no_grad()
     def encode_image(self, image):
-        """image (3, H, W) in [-1, 1] -> CLIP features (257, 1280): what comes out of the last block but one, class token first."""
+        """image (3, H, W) in [-1, 1] -> CLIP features (257, 1280) of the last block but one, class token first."""
         clip = self.part("clip")
         side = clip.config.image_size
-        pixels = F.interpolate(image[None].to(self.device, torch.float32), (side, side), mode="bicubic")   # squashed, as Wan does; not cropped
-        mean, std = (torch.tensor(values, device=self.device).view(3, 1, 1) for values in (CLIP_MEAN, CLIP_STD))
+        image = image[None].to(self.device, torch.float32)
+        pixels = F.interpolate(image, (side, side), mode="bicubic")   # squashed, as Wan does; not cropped
+        mean = torch.tensor(CLIP_MEAN, device=self.device).view(3, 1, 1)
+        std = torch.tensor(CLIP_STD, device=self.device).view(3, 1, 1)
         return clip((pixels * 0.5 + 0.5 - mean) / std, output_hidden_states=True).hidden_states[-2][0].cpu()
 
     def conditions(self, first, last, frames):
         """
-        first, last: images (3, H, W) in [-1, 1], of the video's size, or None. -> what the model needs beside the text, by name:
-            y              (20, f, h, w)   i2v, flf2v: mask (4), then latents (16) of the clip of `frames` with grey where no image is given
+        What the model needs in addition to the text, by name, for a clip of `frames` frames:
+
+            y              (20, f, h, w)   i2v, flf2v: mask (4), then latents (16) of the clip, grey without an image
             clip_features  (257 n, 1280)   the same in Wan2.1: of the first image, then of the last
             first_latent   (48, 1, h, w)   ti2v with a first image
-        Channel c of frame j of the mask stands for video frame 4 (j-1) + 1 + c, all channels of frame 0 for video frame 0; 1 where it is given.
+
+        first, last: images (3, H, W) in [-1, 1], of the video's size, or None. Channel c of frame j of the mask stands
+        for video frame 4 (j-1) + 1 + c, all channels of frame 0 for video frame 0; 1 where it is given.
+        Raises ValueError for images that the model does not take.
         """
-        kind, images = self.config.model_type, {name: image for name, image in (("first", first), ("last", last)) if image is not None}
-        if [*images] not in {"t2v": [[]], "ti2v": [[], ["first"]], "i2v": [["first"]], "flf2v": [["first", "last"]]}[kind]:
-            raise ValueError(f"images for a {kind} model: {[*images]}; t2v takes none, ti2v none or the first, i2v the first, flf2v first and last")
+        kind = self.config.model_type
+        images = {name: image for name, image in (("first", first), ("last", last)) if image is not None}
+        allowed = {"t2v": [[]], "ti2v": [[], ["first"]], "i2v": [["first"]], "flf2v": [["first", "last"]]}
+        if [*images] not in allowed[kind]:
+            raise ValueError(f"images for a {kind} model: {[*images]}; "
+                             "t2v takes none, ti2v none or the first, i2v the first, flf2v first and last")
         if last is not None and (last.shape != first.shape or frames < 5):
-            raise ValueError(f"first and last image of {tuple(first.shape)} and {tuple(last.shape)}, {frames} frames; expected one size, 5 frames or more")
-        if not images or kind == "ti2v":
-            return {"first_latent": self.encode_video(first[:, None])} if images else {}
-        video = torch.zeros(3, frames, *first.shape[1:])   # encoded whole: grey frames do not become zero latents
-        mask = torch.zeros(4, (frames - 1) // 4 + 1, first.shape[1] // 8, first.shape[2] // 8)
-        video[:, 0], mask[:, 0] = first, 1
+            raise ValueError(f"first and last image of {tuple(first.shape)} and {tuple(last.shape)}, {frames} frames; "
+                             "expected one size, 5 frames or more")
+        if not images:
+            return {}
+        if kind == "ti2v":
+            return {"first_latent": self.encode_video(first[:, None])}
+        side = PIXELS[self.config.vae]
+        video = torch.zeros(3, frames, *first.shape[1:])              # grey frames do not become zero latents
+        mask = torch.zeros(4, (frames - 1) // 4 + 1, first.shape[1] // side, first.shape[2] // side)
+        video[:, 0] = first
+        mask[:, 0] = 1
         if last is not None:
-            video[:, -1], mask[3, -1] = last, 1
-        clip = {"clip_features": torch.cat([self.encode_image(image) for image in images.values()])} if self.config.image_dim else {}
-        return {"y": torch.cat([mask, self.encode_video(video)])} | clip
+            video[:, -1] = last
+            mask[3, -1] = 1
+        conditions = {"y": torch.cat([mask, self.encode_video(video)])}
+        if self.config.image_dim:
+            conditions["clip_features"] = torch.cat([self.encode_image(image) for image in images.values()])
+        return conditions

@@ -25,7 +25,8 @@ VARIANTS["t2v a14b"] = VARIANTS["t2v"]
 
 class Encoders:
     def __init__(self, config, log):
-        self.config, self.log, self.multiple = config, log, 32 if config.out_dim == 48 else 16
+        self.config, self.log = config, log
+        self.name, self.frame_step, self.multiple = "wan", 4, 32 if config.vae == "wan2.2" else 16
 
     def part(self, name):
         self.log.append(f"load {name}")
