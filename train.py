@@ -75,7 +75,7 @@ from weights import check_timesteps, export_weights, find_checkpoint, find_model
 # Which flags belong to which loss; setting one that the loss does not read is an error, not a silent wish.
 LOSS_FLAGS = {"sft": [], "dpo": ["beta"], "regdpo": ["beta", "r", "r_scale", "r_min"],
               "dpo_cm": ["beta", "threshold", "clip", "weight_steps"], "sdpo": ["beta", "clip", "weight_steps"],
-              "ipo": ["tau"], "dpop": ["beta", "penalty"], "diffusion_sdpo": ["beta", "mu"], "linear_dpo": ["beta", "eta"],
+              "ipo": ["tau"], "dpop": ["beta", "penalty"], "diffusion_sdpo": ["beta", "mu"],
               "preference": []}
 
 
@@ -102,7 +102,6 @@ def parse_args(argv):
     p.add_argument("--tau", type=float, default=50.0, help="ipo aims at a margin of 1 / (2 tau)")
     p.add_argument("--penalty", type=float, default=5.0, help="dpop: of a win that got worse")
     p.add_argument("--mu", type=float, default=0.9, help="diffusion_sdpo: how much of the win's descent is guaranteed")
-    p.add_argument("--eta", type=float, default=1e-3, help="linear_dpo: smallest weight")
     p.add_argument("--timestep_sampling", default="uniform", choices=["uniform", "logit_normal"], help="before the shift; logit_normal: sigmoid(N(0, 1))")
     p.add_argument("--flow_shift", type=float, default=3.0, help="of the sigmas trained on (preference: 1), and of the sampler here")
     p.add_argument("--min_timestep", type=float, default=600.0, help="0..1000, after the shift; real and generated clips differ below it in grain, above it in motion")
@@ -203,7 +202,7 @@ def check_args(args, ranks):
         args.init = locate_weights(args.init)
     if args.init == "scratch" and args.loss != "sft":
         raise ValueError(f"--init scratch with --loss {args.loss}: a preference needs a model that already generates; train one with --loss sft first")
-    args.loss_scale = args.loss_scale or {"sft": 1.0, "linear_dpo": 1.0, "preference": 1.0, "ipo": args.tau}.get(args.loss, 1 / args.beta)
+    args.loss_scale = args.loss_scale or {"sft": 1.0, "preference": 1.0, "ipo": args.tau}.get(args.loss, 1 / args.beta)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -259,8 +258,6 @@ def pair_loss(args, err_win, err_lose, ref_err_win, ref_err_lose, sigma, safegua
         return losses.ipo_loss(*errors, args.tau)
     if args.loss == "dpop":
         return losses.dpop_loss(*errors, args.beta, args.penalty)
-    if args.loss == "linear_dpo":
-        return losses.linear_dpo_loss(*errors, args.beta, args.eta)
     if args.loss == "diffusion_sdpo":
         return losses.diffusion_sdpo_loss(*errors, args.beta, safeguard)
     if args.loss == "preference":

@@ -22,7 +22,7 @@ KEPT = ("step", "loss", "loss_dpo", "margin", "accuracy", "win_gap", "lose_gap",
         "score", "score_end", "gap", "pairs", "policy_forwards", "score_forwards")
 SFT, DPO, REGDPO = ["--loss", "sft"], ["--loss", "dpo", "--ref", "cached"], ["--loss", "regdpo", "--ref", "cached"]
 OBJECTIVES = {"sft": SFT, "dpo": DPO, "regdpo": REGDPO, "regdpo_r_scale_0.2": [*REGDPO, "--r_scale", "0.2"]} | {
-    loss: ["--loss", loss, "--ref", "cached"] for loss in ("dpo_cm", "sdpo", "ipo", "dpop", "diffusion_sdpo", "linear_dpo")}
+    loss: ["--loss", loss, "--ref", "cached"] for loss in ("dpo_cm", "sdpo", "ipo", "dpop", "diffusion_sdpo")}
 EQUAL = ["--toy_clips", "128", "--steps", "150"]                              # 128 negatives of 20 steps + 150 steps of 32 videos = 7,360 policy forwards; SPO's exact: 7,362
 SPO = ["train_spo.py", "--sample_steps", "10", "--unbranched", "0", "--step_weight", "inverse", "--beta", "2000", "--eval_clips", "0"]
 
