@@ -48,6 +48,9 @@ class WanConfig:
     def vae(self):                    # whose latents: the embedded world's pixel codec, Wan2.1's VAE, Wan2.2's
         return {12: "embedded", 16: "wan2.1", 48: "wan2.2"}.get(self.out_dim, "unknown")
 
+    def count_tokens(self, latents):   # of a video whose latents have the shape (C, F, H, W)
+        return math.prod(size // patch for size, patch in zip(latents[1:], self.patch_size))
+
     def condition_shapes(self, latents):
         """latents: the shape (C, F, H, W) of a sample -> {name: shape} of what goes with it; ti2v without first_latent is text-to-video."""
         shapes = {"y": (self.in_dim - self.out_dim, *latents[1:])} if self.in_dim > self.out_dim else {}

@@ -1,10 +1,11 @@
 """
-A run's folder, so that nothing is lost: its log, its checkpoints, stopping and going on, steps that are skipped, and the reference's errors, scored once.
+Everything under --out, so that nothing is lost: config, log, checkpoints, stopping and resuming, skipped steps, and the
+reference's errors, scored once.
 
-    out/config.json   out/log.jsonl, a row a step   out/step_000500/   out/latest, the step folder to go on from   out/ref_errors.safetensors
+    out/config.json   out/log.jsonl, a row a step   out/step_000500/   out/latest, the step folder to resume from
+    out/ref_errors.safetensors
 
-Every file and folder has its name only when it is whole; what is unfinished starts with a dot. Nothing is unpickled but plain tensors, numbers and the
-handful of classes that the index of a checkpoint is made of.
+A file or folder gets its name when it is whole; the names of unfinished ones start with a dot.
 """
 import fcntl
 import json
@@ -35,56 +36,96 @@ from fsdp_utils import extremes, total
 from weights import Planner, Reader, find_checkpoint
 
 # ------------------------------------------------------------------------------------------------------------------
-# beginning, and going on
+# starting and resuming
+
+def check_common_flags(args, ranks):
+    """Refuse numbers that no trainer can use. Raises ValueError."""
+    counts = (
+        "steps",
+        "batch_size",
+        "grad_accum",
+        "keep",
+        "save_every",
+        "sample_steps",
+        "updates",
+        "log_every",
+        "toy_clips",
+    )
+    for name in counts:
+        if getattr(args, name, 1) < 1:                     # not every trainer has all of them
+            raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
+    ranges = [   # flag, is it fine, what is expected
+        ("max_grad_norm", args.max_grad_norm > 0, "above 0 ('inf' switches clipping off)"),
+        ("learning_rate", args.learning_rate > 0, "above 0"),
+        ("ema_decay", 0 <= args.ema_decay < 1, "0 or more, below 1"),
+        ("eval_clips", not 0 < args.eval_clips < 64, "0, or at least 64 (a Frechet distance of fewer says nothing)"),
+    ]
+    for name, is_fine, expected in ranges:
+        if not is_fine:
+            raise ValueError(f"--{name} {getattr(args, name)}: expected {expected}")
+    share = ranks.data_ranks * args.grad_accum
+    if args.batch_size % share:
+        raise ValueError(f"--batch_size {args.batch_size} does not divide over {ranks.data_ranks} data ranks x "
+                         f"--grad_accum {args.grad_accum}; take a multiple of {share}")
 
 
 def check_folder(out, resume):
     """
-    What --resume comes to in the run's folder out: the step folder to go on from, as text, or "" to start anew. `auto` is `latest` where there is one; ranks
-    that torchrun --max-restarts has started again go on from `latest` too, whatever was asked of the first.
-    Raises ValueError where there is nothing to go on from, and where something would be overwritten.
+    The step folder that --resume means in the run's folder `out`, as text, or "" to start a new run. `auto` is `latest`
+    where there is one; ranks that torchrun --max-restarts restarts resume from `latest` as well, whatever the flag
+    says. ValueError where there is nothing to resume from, and where something would be overwritten.
     """
-    out, log, again = Path(out), Path(out) / "log.jsonl", int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
-    if again or resume == "auto":
-        resume = "latest" if (out / "latest").exists() else "" if resume in ("auto", "latest") else resume
+    out = Path(out)
+    log, latest = out / "log.jsonl", out / "latest"
+    is_restart = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)) > 0
+    if is_restart or resume == "auto":
+        if latest.exists():
+            resume = "latest"
+        elif resume in ("auto", "latest"):
+            resume = ""
     elif not resume and log.exists() and log.stat().st_size:
-        how = "go on with it (--resume latest)" if (out / "latest").exists() else "it was stopped before its first checkpoint: delete it"
+        how = (
+            "resume it (--resume latest)"
+            if latest.exists()
+            else "it was stopped before its first checkpoint: delete it"
+        )
         raise ValueError(f"{out} already holds a run; {how}, or choose another --out")
-    if resume not in ("", "latest") and not again and log.exists() and Path(resume).resolve().parent != out.resolve():
+    elsewhere = resume not in ("", "latest") and Path(resume).resolve().parent != out.resolve()
+    if elsewhere and not is_restart and log.exists():
         raise ValueError(f"--resume {resume} is not in --out {out}, which holds another run; choose another --out")
     return str(find_checkpoint(out, resume)) if resume else ""
 
 
 def begin_log(args, start, **facts):
-    """config.json, and log.jsonl without the rows from step `start` on, which will be done again. By rank 0 alone. Returns the rows that stay."""
+    """
+    Write config.json, and log.jsonl without the rows from step `start` on, which will be repeated. Called by rank 0.
+    Returns the rows that stay.
+    """
     flags = {name: value for name, value in vars(args).items() if name != "defaults"}
-    write_whole(args.out / "config.json", json.dumps(flags | facts | {"torch": torch.__version__}, indent=1, default=str).encode())
+    config = flags | facts | {"torch": torch.__version__}
+    write_whole(args.out / "config.json", json.dumps(config, indent=1, default=str).encode())
     log = args.out / "log.jsonl"
     lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < start]       # a kill cuts the last line
+    lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < start]   # a kill cuts a line
     write_whole(log, "".join(lines).encode())
-    if args.resume and (folder := Path(args.resume).resolve()).parent == args.out.resolve():
-        write_whole(args.out / "latest", f"{folder.name}\n".encode())          # of an older step: a kill before the next one must not lead past the log
+    if args.resume:
+        folder = Path(args.resume).resolve()
+        # an older step: a kill before the next save must not resume after it
+        if folder.parent == args.out.resolve():
+            write_whole(args.out / "latest", f"{folder.name}\n".encode())
     return [json.loads(line) for line in lines]
 
 
-def append_row(path, row):
-    """One more line of log.jsonl. Seven digits are more than a curve shows and halve the log."""
-    try:
-        with open(path, "a") as log:
-            log.write(json.dumps(json.loads(json.dumps(row), parse_float=lambda digits: float(f"{float(digits):.7g}"))) + "\n")
-    except OSError as error:
-        raise ValueError(f"{path} could not be written ({error}); make room, and go on with --resume latest") from error
-
-
 # ------------------------------------------------------------------------------------------------------------------
-# being stopped, and steps that are skipped
+# signals, unreadable samples, skipped steps
 
 class Signals:
     """
-    Signals and the clock. SIGTERM and SIGINT are noted, not obeyed: asks() goes into the sums that a step adds up over all ranks anyway, so that every rank
-    saves and stops after the same step, whichever of them got it. A second signal, more than five seconds later (torchrun passes the first on), is obeyed.
+    Signals and the clock. SIGTERM and SIGINT are noted, not obeyed: asks() goes into the sums that a step adds up over
+    all ranks anyway, so that every rank saves and stops after the same step, whichever of them got the signal. A second
+    signal, more than five seconds later (torchrun passes the first on), is obeyed.
     """
+
     def __init__(self, save_minutes):
         self.seconds, self.saved, self.noted = 60 * save_minutes, time.monotonic(), 0.0
         self.before = {number: signal.signal(number, self.note) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -96,10 +137,11 @@ class Signals:
 
     def asks(self):
         """{"asks/stop", "asks/save": 1.0 or 0.0}, of this rank."""
-        return {"asks/stop": float(self.noted > 0), "asks/save": float(0 < self.seconds < time.monotonic() - self.saved)}
+        save_is_due = 0 < self.seconds < time.monotonic() - self.saved
+        return {"asks/stop": float(self.noted > 0), "asks/save": float(save_is_due)}
 
     def save(self, *state):
-        """save_checkpoint, from which the clock starts again."""
+        """save_checkpoint, which also restarts the clock."""
         folder = save_checkpoint(*state)
         self.saved = time.monotonic()
         return folder
@@ -109,46 +151,55 @@ class Signals:
             signal.signal(number, handler)
 
     def leave(self, folder):
-        """The end of a run that was stopped, after all ranks saved folder."""
+        """End a run that a signal stopped, after all ranks saved `folder`."""
         self.close()
         if dist.get_rank() == 0:
-            print(f"stopped by a signal; {folder} is saved, go on with --resume latest", flush=True)
+            print(f"stopped by a signal; {folder} is saved, resume with --resume latest", flush=True)
         dist.destroy_process_group()
 
 
-def read_items(dataset, indices):
+def read_items(dataset, indices, skip):
     """
-    The items at these indices. With dataset.skip all ranks call it together: what one of them cannot read is bad for all from then on (dataset.agreed), so that
-    ranks that share a pair read the same one even where a file system shows a file to only some of them.
+    The items at these indices. With `skip` all ranks call it together: an item that one of them cannot read is bad for
+    all from then on, so that ranks that share a pair read the same one even where a file system shows a file to only
+    some.
     """
     while True:
         items = [dataset[index] for index in indices]
-        if not dataset.skip:
+        if not skip:
             return items
-        found = [None] * dist.get_world_size()
-        dist.all_gather_object(found, {index: why for index, why in dataset.bad.items() if index not in dataset.agreed})
-        new = {index: why for mine in found for index, why in mine.items()}
-        if not new:
+        bad_of_ranks = [None] * dist.get_world_size()
+        dist.all_gather_object(bad_of_ranks, dataset.bad)
+        union = {index: reason for bad in bad_of_ranks for index, reason in bad.items()}
+        is_news = any(bad.keys() != union.keys() for bad in bad_of_ranks)
+        news = union.keys() - dataset.reported
+        dataset.bad |= union
+        dataset.reported |= news
+        if news and dist.get_rank() == 0:
+            reasons = "; ".join(union[index] for index in sorted(news)[:8])
+            print(f"{len(union)} of {len(dataset)} samples or pairs are unreadable and replaced by the next good ones; "
+                  f"new: {reasons}", flush=True)
+        if not is_news:
             return items
-        dataset.bad |= new
-        dataset.agreed |= new.keys()
-        if dist.get_rank() == 0:
-            print(f"{len(dataset.bad)} of {len(dataset)} samples or pairs are bad, the next good ones stand in; new: {'; '.join(list(new.values())[:8])}", flush=True)
 
 
 def report_skipped(step, skipped, samples, limit=10):
     """
-    A step whose loss or gradient is not finite changes nothing; this is the `skipped`-th in a row. Rank 0 says whose it was: the samples whose own loss is
-    not finite or, where the losses are and a gradient is not, all of the step. `limit` in a row raise RuntimeError on every rank.
-    samples: this rank's, [(name, loss)].
+    Say why a step changed nothing: its loss or gradient is not finite, the `skipped`-th time in a row. Rank 0 names the
+    samples whose own loss is not finite or, where the losses are and a gradient is not, all of the step.
+    `limit` in a row raise RuntimeError on every rank. samples: this rank's, [(name, loss)].
     """
-    found = [None] * dist.get_world_size()
-    dist.all_gather_object(found, samples)
-    names = sorted({name for mine in found for name, loss in mine if not math.isfinite(loss)} or {name for mine in found for name, _ in mine})
-    text = f"the loss or its gradient was not finite, and the step changed nothing; it came from {'; '.join(names[:8])}{f' and {len(names) - 8} more' * (len(names) > 8)}"
+    of_ranks = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, samples)
+    everyone = [sample for of_rank in of_ranks for sample in of_rank]
+    guilty = {name for name, loss in everyone if not math.isfinite(loss)}
+    names = sorted(guilty or {name for name, _ in everyone})
+    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+    text = ("the loss or its gradient was not finite, and the step changed nothing; it came from "
+            f"{'; '.join(names[:8])}{more}")
     if skipped >= limit:
-        raise RuntimeError(f"{skipped} steps in a row up to step {step} were skipped: {text}. The last checkpoint is whole; look at these files, or start a new run "
-                           "with a lower --learning_rate or --beta")
+        raise RuntimeError(f"{skipped} steps in a row up to step {step} were skipped: {text}. The last checkpoint is "
+                           "whole; look at these files, or start a new run with a lower --learning_rate or --beta")
     if dist.get_rank() == 0:
         print(f"step {step:>5}  skipped: {text}", flush=True)
 
@@ -159,73 +210,103 @@ def report_skipped(step, skipped, samples, limit=10):
 def state_of(policy, optimizer, ema):
     """What a checkpoint holds: this rank's shards, {"model", "optimizer", and "ema" where there is one}."""
     model, moments = get_state_dict(policy, optimizer)
-    return {"model": model, "optimizer": moments} | ({"ema": get_model_state_dict(ema)} if ema is not None else {})
+    state = {"model": model, "optimizer": moments}
+    if ema is not None:
+        state["ema"] = get_model_state_dict(ema)
+    return state
 
 
 def save_checkpoint(out, step, policy, optimizer, ema, meta, keep):
     """
-    Write out/step_000500 (every rank its shards) and then name it in out/latest. All ranks call it.
+    Write out/step_000500 (every rank its shards) and then name it in out/latest. All ranks call it. Returns the folder.
 
-    A folder appears under its name only when it is whole, and `latest` changes by an atomic replace after that: a run killed at any moment leaves a
-    checkpoint to resume from. meta: what must be equal on resume, as JSON. keep: how many checkpoints stay, this one included (older ones go, after it is
-    whole; later ones, of a run that was resumed from before them, stay until they are passed). Returns the folder.
-    Raises ValueError if it cannot be written, on a full disk for example: what is unfinished is deleted, and `latest` stays as it was.
+    A folder gets its name when it is whole, and `latest` changes by an atomic replace after that: a run killed at any
+    moment leaves a checkpoint to resume from. meta: what must be equal on resume, as JSON. keep: this many checkpoints
+    stay, this one included; older ones are deleted after it is whole. Later ones, of a run that was resumed from before
+    them, stay until it passes them. ValueError if it cannot be written, on a full disk for example: unfinished files
+    are deleted, and `latest` stays as it was.
     """
-    out, first = Path(out), dist.get_rank() == 0
+    out, is_first_rank = Path(out), dist.get_rank() == 0
     name = f"step_{step:06d}"
     temporary, final = out / f".{name}.tmp", out / name
-    if first:
-        for left in [*out.glob(".step_*"), *out.glob(".*.tmp")]:              # by killed runs
-            shutil.rmtree(left) if left.is_dir() else left.unlink(missing_ok=True)
+    if is_first_rank:
+        remove_leftovers(out)
     dist.barrier()
     state = state_of(policy, optimizer, ema)
     try:
         dcp.save(state, checkpoint_id=temporary)
-        if first:
+        if is_first_rank:
             write_whole(temporary / "meta.json", json.dumps(meta | {"step": step}, indent=1).encode())
-            if final.exists():                             # a run that was resumed from before it passes it again; `latest` does not name it
+            # a run that was resumed from before this step passes it again
+            if final.exists():
                 os.rename(final, out / f".{name}.old")
             os.rename(temporary, final)
             write_whole(out / "latest", f"{name}\n".encode())
     except (CheckpointException, OSError) as error:
-        if first:
+        if is_first_rank:
             shutil.rmtree(temporary, ignore_errors=True)
-        cause = next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
-        raise ValueError(f"{final} could not be written ({cause}); the checkpoint before it, which {out / 'latest'} names, is whole. Make room, and go on with --resume latest") from error
-    if first:
-        older = sorted(folder for folder in out.glob("step_*") if folder.name < name)
+        raise ValueError(f"{final} could not be written ({first_cause(error)}); the checkpoint before it, which "
+                         f"{out / 'latest'} names, is whole. Make room, and resume with --resume latest") from error
+    if is_first_rank:
+        older = [folder for folder in step_folders(out) if step_number(folder) < step]
         for folder in older[:max(0, len(older) - (keep - 1))]:
-            os.rename(folder, out / f".{folder.name}.old")                     # so that no folder is half there under its name
-        for passed in out.glob(".step_*.old"):
-            shutil.rmtree(passed)
+            os.rename(folder, out / f".{folder.name}.old")                     # no folder is half there under its name
+        remove_leftovers(out)
     dist.barrier()
     return final
 
 
+def remove_leftovers(out):
+    """Delete unfinished and replaced checkpoints, of killed runs too."""
+    for path in [*out.glob(".step_*"), *out.glob(".*.tmp")]:
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+
+
+def step_number(folder):
+    return int(folder.name.removeprefix("step_"))
+
+
+def step_folders(out):
+    """The step folders of a run, in the order of their steps (step_1000000 comes after step_999999)."""
+    return sorted((folder for folder in out.glob("step_*") if folder.name[5:].isdigit()), key=step_number)
+
+
+def first_cause(error):
+    """What a CheckpointException of several ranks, or any other error, says first."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
+
+
 def load_checkpoint(folder, policy, optimizer, ema, meta):
     """
-    Fill policy, optimizer and ema from a checkpoint, written on any number of ranks. Returns the step it was written after, and how many in a row were skipped
-    before it; 0, 0 where folder is "".
+    Fill policy, optimizer and ema from a checkpoint, written on any number of ranks. Returns the step it was written
+    after, and how many steps in a row were skipped before it; 0, 0 where folder is "".
 
-    Raises ValueError if an entry of meta (what decides the numbers of a run) is not what the checkpoint was written with, if it is damaged, and if ranks do
-    not see the same one.
+    ValueError if an entry of meta (what decides the numbers of a run) differs from the one that the checkpoint was
+    written with, if the checkpoint is damaged, and if ranks do not see the same one.
     """
     if not folder:
         return 0, 0
     saved = json.loads((Path(folder) / "meta.json").read_text())
     for key, value in meta.items():
-        if saved.get(key) != value:
-            raise ValueError(f"--resume {folder}: it was trained with {key} = {saved.get(key)}, this run has {key} = {value}; "
-                             f"resume with the same flags, or give its weights to --init of a new run (train.py --export {folder} --out DIR)")
-    seen = [None] * dist.get_world_size()
-    dist.all_gather_object(seen, saved["step"])
-    if len(set(seen)) > 1:
-        raise ValueError(f"--resume {folder}: the ranks see checkpoints of steps {seen}; --out must be on a file system that all nodes see alike. Name the step folder")
+        if saved.get(key, "not recorded") != value:
+            raise ValueError(f"--resume {folder}: it was trained with {key} = {saved.get(key, 'not recorded')}, this "
+                             f"run has {key} = {value}; resume with the same flags, or give its weights to --init of a "
+                             f"new run (python weights.py {folder} --out DIR)")
+    steps_seen = [None] * dist.get_world_size()
+    dist.all_gather_object(steps_seen, saved["step"])
+    if len(set(steps_seen)) > 1:
+        raise ValueError(f"--resume {folder}: the ranks see checkpoints of steps {steps_seen}; --out must be on a file "
+                         "system that all nodes see alike. Name the step folder")
     state = state_of(policy, optimizer, ema)
     try:
         dcp.load(state, storage_reader=Reader(folder), planner=Planner())
     except CheckpointException as error:
-        raise ValueError(f"--resume {folder}: it is damaged ({next(iter(error.failures.values()))[0]}); resume from another step folder") from error
+        raise ValueError(
+            f"--resume {folder}: it is damaged ({first_cause(error)}); resume from another step folder"
+        ) from error
     set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     if ema is not None:
         set_model_state_dict(ema, state["ema"])
@@ -233,91 +314,113 @@ def load_checkpoint(folder, policy, optimizer, ema, meta):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# the reference, scored once
+# the reference's errors, scored once
 
 def open_errors(path, key, positions):
     """
-    What is known of the reference's errors: (positions or more, 2) float32, win and lose, NaN where a position is not scored yet. All ranks read the file.
+    The reference's errors scored so far: (positions or more, 2) float32, win and lose, NaN where a position is not
+    scored yet. All ranks read the file.
 
-    key {name: value} is all that decides them but the position. Raises ValueError if the file at path was scored with another, or is no such file.
+    key {name: value}: everything that decides the errors besides the position. ValueError if the file at path was
+    scored with another key, or is no such file.
     """
     errors = torch.full((positions, 2), float("nan"))
-    if Path(path).exists():
-        try:
-            with safe_open(path, "pt") as file:
-                found, stored = json.loads(file.metadata()["key"]), file.get_tensor("errors")
-            if stored.shape[1:] != (2,) or stored.dtype != torch.float32 or not isinstance(found, dict):
-                raise ValueError(f"errors {tuple(stored.shape)} {stored.dtype}")
-        except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
-            raise ValueError(f"{path}: not the errors of a reference, (positions, 2) float32 with their key ({error}); delete it to score them again") from error
-        for name, value in key.items():
-            if found.get(name) != value:
-                raise ValueError(f"{path}: the reference's errors in it were scored with {name} = {found.get(name)}, this run has {name} = {value}; "
-                                 f"use the same, another --out, or delete that file to score them again")
-        errors = torch.cat([stored, errors[len(stored):]])
-    return errors
+    if not Path(path).exists():
+        return errors
+    try:
+        with safe_open(path, "pt") as file:
+            stored_key, stored = json.loads(file.metadata()["key"]), file.get_tensor("errors")
+        if stored.shape[1:] != (2,) or stored.dtype != torch.float32 or not isinstance(stored_key, dict):
+            raise ValueError(f"errors {tuple(stored.shape)} {stored.dtype}")
+    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: not the errors of a reference, (positions, 2) float32 with their key ({error}); "
+                         "delete it to score them again") from error
+    for name, value in key.items():
+        if stored_key.get(name) != value:
+            raise ValueError(f"{path}: the reference's errors in it were scored with {name} = {stored_key.get(name)}, "
+                             f"this run has {name} = {value}; use the same, another --out, or delete that file to "
+                             "score them again")
+    return torch.cat([stored, errors[len(stored):]])
+
+
+def merge_errors(path, key, errors):
+    """
+    Add what is scored in `errors` to the file at path: of two runs at once neither undoes what the other has scored.
+    """
+    folder = os.open(Path(path).parent, os.O_RDONLY)
+    with suppress(OSError):                                # on a file system without locks
+        fcntl.flock(folder, fcntl.LOCK_EX)                 # until it is closed, by a kill too
+    merged = open_errors(path, key, len(errors))
+    merged[:len(errors)] = torch.where(errors.isnan(), merged[:len(errors)], errors)
+    write_whole(path, save({"errors": merged}, metadata={"key": json.dumps(key)}))
+    os.close(folder)
 
 
 @torch.no_grad()
 def score_reference(path, key, errors, steps, batch_size, score, positions, ranks, every=30.0):
     """
-    Score what is missing of the positions of these steps and fill it into errors (of open_errors), on every rank alike.
+    Score the missing positions of these steps and fill them into errors (of open_errors), on every rank alike.
 
-    score(range of positions) -> (2, B). positions(step) -> the ranges of this rank, as in training, so that an error is what it would be there to the last
-    bit. The file at path is written whole every so many seconds and at the end: a run that is killed goes on from there, and of two at once neither undoes
-    what the other has scored.
+    score(range of positions) -> (2, B). positions(step) -> the ranges of this rank, as in training, so that an error is
+    what it would be there to the last bit. The file at path is written every so many seconds and at the end, so a run
+    that is killed continues from there.
     """
-    def write():
-        if ranks.rank == 0:
-            folder = os.open(Path(path).parent, os.O_RDONLY)
-            with suppress(OSError):                        # of a file system without locks
-                fcntl.flock(folder, fcntl.LOCK_EX)         # until it is closed, also by a kill
-            known = open_errors(path, key, len(errors))
-            known[:len(errors)] = torch.where(errors.isnan(), known[:len(errors)], errors)
-            write_whole(path, save({"errors": known}, metadata={"key": json.dumps(key)}))
-            os.close(folder)
-        return time.monotonic()
-
     dist.barrier()                                         # everyone has read the file
-    written, speaks = time.monotonic(), ranks.rank % (ranks.world // ranks.data_ranks) == 0        # the first of the ranks that share their pairs
-    steps = [step for step in steps if errors[step * batch_size:(step + 1) * batch_size].isnan().any()]
-    for step in tqdm(steps, desc="reference errors", unit="step", disable=ranks.rank != 0 or not steps):
-        mine = torch.zeros(batch_size, 2)
+    written = time.monotonic()
+    ranks_a_pair = ranks.world // ranks.data_ranks         # they share their pairs: the first of them speaks
+    speaks = ranks.rank % ranks_a_pair == 0
+    missing = [step for step in steps if errors[step * batch_size:(step + 1) * batch_size].isnan().any()]
+    for step in tqdm(missing, desc="reference errors", unit="step", disable=ranks.rank != 0 or not missing):
+        begin, end = step * batch_size, (step + 1) * batch_size
+        of_step = torch.zeros(batch_size, 2)
         for part in positions(step):
-            mine[part.start - step * batch_size:part.stop - step * batch_size] = score(part).T.cpu() * speaks
-        mine = mine.to(ranks.device)
-        dist.all_reduce(mine)                              # every position has one speaker, so the sum is that one's number
-        errors[step * batch_size:(step + 1) * batch_size] = mine.cpu()
-        if time.monotonic() - written > every:
-            written = write()
-    if steps:
-        write()
+            scored = score(part).T.cpu()
+            of_step[part.start - begin:part.stop - begin] = scored if speaks else 0
+        of_step = of_step.to(ranks.device)
+        # every position has one speaker, so the sum is that one's number
+        dist.all_reduce(of_step)
+        errors[begin:end] = of_step.cpu()
+        if ranks.rank == 0 and time.monotonic() - written > every:
+            merge_errors(path, key, errors)
+            written = time.monotonic()
+    if missing and ranks.rank == 0:
+        merge_errors(path, key, errors)
     dist.barrier()
+
 
 # ------------------------------------------------------------------------------------------------------------------
 # a row of the log
 
-def diagnostics(m):
-    """
-    What the four errors say beside the loss (how to read it: README). m {name: (B,)} -> {name: (B,)}; the mean over pairs makes shares of ones and zeros.
-    """
-    right = (m["margin"] > 0).float()
-    found = {"accuracy_strict": right, "margin_abs": m["margin"].abs()}
-    if "err_win" in m:
-        found |= {"win_ratio": m["err_win"] / m["ref_err_win"], "lose_ratio": m["err_lose"] / m["ref_err_lose"],
-                  "gap_mean": (m["win_gap"] + m["lose_gap"]) / 2, "win_gap_positive": (m["win_gap"] > 0).float(),
-                  "win_worse_though_right": right * (m["win_gap"] > 0), "loser_driven": right * (m["lose_gap"] > -m["win_gap"])}
-    return found | ({"saturated": (m["margin"].abs() > 5).float()} if "dgr" in m else {})    # a margin with beta in it
-
-
-BINS = 4                                                                      # of sigma, for the curves by noise level
-
-
+BINS = 4                                                   # of sigma, for the curves by noise level
 BINNED = ("err_win", "win_gap", "lose_gap", "margin", "accuracy")
 
 
-def add_up(sums, metrics, sigma):
-    """Add one micro-batch's metrics (B,) to the running sums {name: float}, overall and by bin of sigma."""
+def diagnostics(metrics):
+    """What the four errors say in addition to the loss (docs/CURVES.md explains them): {name: (B,)} -> {name: (B,)}."""
+    right = (metrics["margin"] > 0).float()
+    extra = {"accuracy_strict": right, "margin_abs": metrics["margin"].abs()}
+    if "dgr" in metrics:                                   # a margin with beta in it
+        extra["saturated"] = (metrics["margin"].abs() > 5).float()
+    if "err_win" in metrics:
+        win_gap, lose_gap = metrics["win_gap"], metrics["lose_gap"]
+        extra |= {
+            "win_ratio": metrics["err_win"] / metrics["ref_err_win"],
+            "lose_ratio": metrics["err_lose"] / metrics["ref_err_lose"],
+            "gap_mean": (win_gap + lose_gap) / 2,
+            "win_gap_positive": (win_gap > 0).float(),
+            "win_worse_though_right": right * (win_gap > 0),
+            "loser_driven": right * (lose_gap > -win_gap),
+        }
+    return extra
+
+
+def add_up(sums, metrics, sigma, counts):
+    """
+    Add one micro-batch's metrics (B,) to the running sums {name: float}, overall and by bin of sigma, and its counts
+    {name: number}.
+    """
+    for name, number in counts.items():
+        sums[name] = sums.get(name, 0.0) + number
     bins = (sigma * BINS).long().clamp(max=BINS - 1)
     for name, values in (metrics | {"pairs": torch.ones_like(sigma)}).items():
         sums[name] = sums.get(name, 0.0) + values.sum().item()
@@ -326,20 +429,60 @@ def add_up(sums, metrics, sigma):
                 sums[f"{name}/{i}"] = sums.get(f"{name}/{i}", 0.0) + values[bins == i].sum().item()
 
 
-def summarise(sums, margins, device):
+def summarise(sums, margins, ranks):
     """
-    Sums of every rank -> means over all pairs of the step, in one all-reduce. Curves by sigma become lists under "by_sigma" (null where no pair fell).
-    margins: list of this rank's; the smallest and the largest of all ranks' go into the row, since a mean hides the one pair that has run away.
+    Means over all pairs of the step, from the sums of every rank in one all-reduce. Returns the row, and the sums over
+    all ranks, in which a pair that several ranks share counts once for each of them.
+
+    Curves by sigma become lists under "by_sigma" (null where a bin had no pair). margins: a list, this rank's; the
+    smallest and the largest of all ranks go into the row, since a mean hides the one pair that runs away.
     """
     names = sorted(sums)
-    sums = dict(zip(names, total([sums[name] for name in names], device)))
-    row = {name: value / sums["pairs"] for name, value in sums.items() if "/" not in name}
-    row["by_sigma"] = {name: [sums[f"{name}/{i}"] / sums[f"pairs/{i}"] if sums[f"pairs/{i}"] else None for i in range(BINS)]
-                       for name in BINNED if name in sums}
+    sums = dict(zip(names, total([sums[name] for name in names], ranks.device)))
+    row = {
+        name: value / sums["pairs"]
+        for name, value in sums.items()
+        if "/" not in name and name not in ("pairs", "bad_samples")
+    }
+    row["by_sigma"] = {}
+    for name in BINNED:
+        if name in sums:
+            counts = [sums[f"pairs/{i}"] for i in range(BINS)]
+            row["by_sigma"][name] = [sums[f"{name}/{i}"] / count if count else None for i, count in enumerate(counts)]
     for name in {"win_worse_though_right", "loser_driven"} & sums.keys():     # shares of the pairs that count as right
         row[name] = sums[name] / max(1, sums["accuracy_strict"])
     if margins:
-        row["margin_min"], row["margin_max"] = extremes(margins, device)
-    if "kept" in sums:                                                        # dpo_cm averages over the pairs it kept
+        row["margin_min"], row["margin_max"] = extremes(margins, ranks.device)
+    if "kept" in sums:                                     # dpo_cm averages over the pairs it kept
         row["loss"] *= sums["pairs"] / max(1, sums["kept"])
+    sharing = ranks.world // ranks.data_ranks
+    row["bad_samples"] = round(sums["bad_samples"] / sharing)
+    sources = {
+        name.removeprefix("sources/"): round(sums[name] / sharing) for name in sums if name.startswith("sources/")
+    }
+    if len(sources) > 1:                                   # the folders of losers that the pairs came from
+        row["sources"] = {name: count for name, count in sources.items() if count}
     return row, sums
+
+
+def log_row(path, row, verdicts, show):
+    """Append a row to the log at path, print it if `show`, and print its verdicts."""
+    append_row(path, row)
+    shown = ("loss", "accuracy", "margin", "win_gap", "lose_gap", "dgr", "err_win", "kept", "grad_norm", "seconds")
+    if show:
+        numbers = "  ".join(f"{name} {row[name]:.4g}" for name in shown if name in row)
+        print(f"step {row['step']:>5}  {numbers}", flush=True)
+    for verdict in verdicts:
+        print(verdict, flush=True)
+
+
+def append_row(path, row):
+    """Append a row to log.jsonl. Seven digits are more than a curve shows and halve the log."""
+    rounded = json.loads(json.dumps(row), parse_float=lambda digits: float(f"{float(digits):.7g}"))
+    try:
+        with open(path, "a") as log:
+            log.write(json.dumps(rounded) + "\n")
+    except OSError as error:
+        raise ValueError(
+            f"{path} could not be written ({error}); make room, and resume with --resume latest"
+        ) from error

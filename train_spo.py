@@ -22,7 +22,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 import toy
 from data import check_samples, collate, fingerprint, open_data, order, randomness, weights_digest
-from evaluate import SHAPE, HeldOut, sample_held_out
+from evaluate import SHAPE, HeldOut, sampler_of
 from fsdp_utils import (
     build_model,
     clip_gradients,
@@ -353,7 +353,7 @@ def main(args):
          f"steps ({args.kernel}, eta {args.eta:g}), {args.branch_from + 1} to {args.sample_steps - 1} of them with pools of {args.pool}; {args.updates} updates; "
          f"steps {start} to {args.steps}; log in {log_path}")
 
-    held_out = HeldOut(args.eval_clips) if toy_world and args.eval_clips else None
+    held_out = HeldOut(args.eval_clips, sampler_of(args)) if toy_world and args.eval_clips else None
 
     def evaluate(title, model):
         """Marks of what two samplers make of held-out captions: that of the roll-outs, and Euler, as in train.py. The same noise whatever the model."""
@@ -362,7 +362,7 @@ def main(args):
             batch["context"] = batch["context"].to(ranks.device)
             return roll_out(args, model, score, batch, part, "held out", SHAPE, branch_from=args.sample_steps)[0]
         held_out.judge(f"{title}, {args.kernel} {args.eta:g}", spread(stochastic, len(held_out.captions), ranks))
-        held_out.judge(title, sample_held_out(args, model, held_out.captions, ranks), shown=True)
+        held_out.judge(title, held_out.sample(model, ranks), keep=True)
 
     if held_out:
         evaluate("before", ref)

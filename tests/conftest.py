@@ -59,6 +59,13 @@ def textbook_error(model, batch, side):
     return err, v_pred, v_target
 
 
+def pair_loss(args, err_win, err_lose, ref_err_win, ref_err_lose, sigma, outputs=()):
+    """The objective that --loss names, by train.py's table: errors (B,) -> losses (B,), metrics {name: (B,)}."""
+    import train
+    pair = train.Pair(err_win, err_lose, ref_err_win, ref_err_lose, sigma, outputs)
+    return train.OBJECTIVES[args.loss].loss(args, pair)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # files
 

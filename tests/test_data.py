@@ -127,7 +127,7 @@ def test_a_set_lists_whole_files_by_name_and_leaves_hidden_ones_alone(tmp_path):
     samples = SampleSet(tmp_path)
     assert [samples[i]["name"] for i in range(len(samples))] == [str(tmp_path / f"{name}.safetensors") for name in "abc"]
     assert [samples[i]["win"].mean().item() for i in range(3)] == [97, 98, 99]
-    assert samples[0].keys() == {"win", "context", "name"}
+    assert samples[0].keys() == {"win", "context", "name", "metadata"}
 
 
 def test_every_folder_of_negatives_adds_its_pairs_by_stem(tmp_path):
@@ -138,7 +138,7 @@ def test_every_folder_of_negatives_adds_its_pairs_by_stem(tmp_path):
     pairs = pairs_by_stem(tmp_path / "real", [tmp_path / "n1", tmp_path / "n2"])
     assert [(pair["win"].mean().item(), pair["lose"].mean().item()) for pair in (pairs[i] for i in range(len(pairs)))] == [(1, -1), (2, -2), (2, -20)]
     assert pairs.unpaired == ["c"]
-    assert pairs[2].keys() == {"win", "lose", "context", "y", "name"}
+    assert pairs[2].keys() == {"win", "lose", "context", "y", "name", "source", "metadata"}
     assert pairs[2]["context"].mean() == 2 and torch.equal(pairs[2]["y"], torch.tensor([2.0, 2.0]))   # the win's, for both, as float32
     assert pairs[2]["name"] == f"win {tmp_path}/real/b.safetensors, lose {tmp_path}/n2/b.safetensors"
 

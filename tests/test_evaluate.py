@@ -72,7 +72,7 @@ def test_the_probe_by_hand(tmp_path, ranks):
         turns = torch.tensor([turned[next(i for i in range(3) if torch.equal(dataset[i]["win"], win))] for win in batch["win"]])
         return torch.stack([batch[name].square().mean(dim=(1, 2, 3, 4)) * batch["sigma"] + sign * model.off * turns for name, sign in (("win", -1), ("lose", 1))])
 
-    probe = Probe(dataset, errors, base, [0.2, 0.8], ranks, at_once=2)
+    probe = Probe(dataset, errors, base, [0.2, 0.8], ranks, batch_size=2)
     ref = [sum(dataset[i]["win"].square().mean().item() for i in range(3)) / 3 * sigma for sigma in (0.2, 0.8)]
     found = probe(base, beta=10)
     assert found["ref_err_win"] == pytest.approx(ref) and found["accuracy"] == [0.5, 0.5] and found["margin"] == pytest.approx([0, 0])

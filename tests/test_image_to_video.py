@@ -3,6 +3,8 @@
 import json
 import math
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -13,6 +15,7 @@ import encode
 from conftest import write_video
 import sample
 import train
+import weights
 from data import read_sample
 from model import CONFIGS
 from weights import load_wan, open_wan
@@ -62,36 +65,10 @@ def test_gt_pairs_from_an_mp4_to_a_trained_image_to_video_model(tmp_path, monkey
         )
     )
     sample.main(sample.parse_args(["--pairs", data, "--init", model, "--steps", "2"]))
-    train.main(
-        train.parse_args(
-            [
-                "--loss",
-                "regdpo",
-                "--init",
-                model,
-                "--data",
-                data,
-                "--out",
-                out,
-                "--steps",
-                "3",
-                "--batch_size",
-                "4",
-                "--min_timestep",
-                "0",
-                "--flow_shift",
-                "5",
-                "--learning_rate",
-                "1e-3",
-                "--warmup_steps",
-                "1",
-                "--backward",
-                "sequential",
-                "--export_format",
-                "diffusers",
-            ]
-        )
-    )
+    flags = f"--loss regdpo --init {model} --data {data} --out {out} --steps 3 --batch_size 4 --min_timestep 0"
+    flags += " --flow_shift 5 --learning_rate 1e-3 --warmup_steps 1 --backward sequential"
+    train.main(train.parse_args(flags.split()))
+    weights.export_weights(Path(out) / "step_000003", Path(out) / "diffusers", "diffusers")
 
     real, negative = (read_sample(next((tmp_path / "data" / kind).glob("0_000000*"))) for kind in ("real", "negatives"))
     assert (
@@ -104,5 +81,5 @@ def test_gt_pairs_from_an_mp4_to_a_trained_image_to_video_model(tmp_path, monkey
     assert trained.config == config and any(
         not torch.equal(value, tensors[name][:]) for name, value in trained.state_dict().items()
     )
-    theirs = diffusers.WanTransformer3DModel.from_pretrained(out + "/export")
+    theirs = diffusers.WanTransformer3DModel.from_pretrained(out + "/diffusers")
     assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in trained.parameters())

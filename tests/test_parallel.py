@@ -24,8 +24,8 @@ from memory import check_memory_flags, checkpoint_blocks, chunk_blocks
 from model import CONFIGS, WanModel
 from weights import save_wan
 from run_folder import open_errors, score_reference
-from evaluate import sample_held_out
-from conftest import main_fails, on_ranks, run, same_run, textbook_error, train_main
+from evaluate import sample_held_out, sampler_of
+from conftest import pair_loss, main_fails, on_ranks, run, same_run, textbook_error, train_main
 from experiments import variants
 
 CONFIG = dataclasses.replace(CONFIGS["tiny"], dim=32, ffn_dim=64, num_layers=2)
@@ -64,13 +64,12 @@ def plain(world, tmp_path_factory):
         args = arguments(loss)
         win, v_win, t_win = textbook_error(policy, batch, "win")
         lose, v_lose, t_lose = textbook_error(policy, batch, "lose")
-        safeguard = losses.safeguard_coefficient(v_win, t_win, v_lose, t_lose, args.mu)
-        value = win if loss == "sft" else train.pair_loss(args, win, lose, ref_win, ref_lose, batch["sigma"], safeguard)[0]
+        value = win if loss == "sft" else pair_loss(args, win, lose, ref_win, ref_lose, batch["sigma"], (v_win, t_win, v_lose, t_lose))[0]
         expected[loss] = gradient(value)
     win, lose = (textbook_error(policy, batch, side)[0] for side in ("win", "lose"))                  # the branches of one loss apart, each with the other held
-    expected["win"] = gradient(train.pair_loss(arguments("regdpo"), win, lose.detach(), ref_win, ref_lose, batch["sigma"], None)[0])
+    expected["win"] = gradient(pair_loss(arguments("regdpo"), win, lose.detach(), ref_win, ref_lose, batch["sigma"])[0])
     lose, _, _ = textbook_error(policy, batch, "lose")
-    expected["lose"] = gradient(train.pair_loss(arguments("regdpo"), win.detach(), lose, ref_win, ref_lose, batch["sigma"], None)[0])
+    expected["lose"] = gradient(pair_loss(arguments("regdpo"), win.detach(), lose, ref_win, ref_lose, batch["sigma"])[0])
     torch.save(expected, folder / "expected.pt")
     return folder
 
@@ -176,7 +175,8 @@ def held_out(folder, cp_size):
     args = arguments("sft", f"--sample_steps 2 --init {folder / 'base'}")
     ranks = start_ranks(cp_size=cp_size)
     captions = toy.make_clips(5, seed=1, held_out=True)[0]
-    return sample_held_out(args, train.build_model(args.init, CONFIGS["tiny"], ranks), captions, ranks).tolist()
+    model = train.build_model(args.init, CONFIGS["tiny"], ranks)
+    return sample_held_out(model, sampler_of(args), captions, ranks).tolist()
 
 
 def test_evaluations_sample_the_same_clips_when_ranks_share_the_tokens(world):

@@ -21,8 +21,8 @@ def test_previews_show_real_before_and_now_with_the_same_noise_on_any_number_of_
     run(world, tmp_path / "out", "--sample_every", "2", "--steps", "4", "--sample_steps", "2", ranks=2)
     step, after = (panes(tmp_path / "out" / "samples" / name) for name in ("step_000002", "after"))
     assert step.shape == (4, 3, *SHAPE) and torch.equal(step[:, :2], after[:, :2])
-    samples = Preview(open_data(world / "data", pairs=True)).samples
-    assert torch.equal(step[:, 0], torch.stack([sample["latents"] for sample in samples]))
+    samples = Preview(open_data(world / "data", pairs=True), Sampler(steps=2)).items
+    assert torch.equal(step[:, 0], torch.stack([sample["win"] for sample in samples]))
     for weights, pane in ((world / "base", step[:, 1]), (tmp_path / "out" / "export", after[:, 2])):
         made = generate(load_wan(weights, CONFIGS["tiny"]), [sample["context"] for sample in samples], [seed_of("preview", i) for i in range(4)], SHAPE, Sampler(steps=2))
         assert (made - pane).norm() < 1e-4 * made.norm()
@@ -36,10 +36,10 @@ def test_previews_are_spread_over_the_data_and_of_one_shape(tmp_path):
         shape = SHAPE if i else (*SHAPE[:3], 4)
         for name in ("real", "negatives"):
             write_sample(tmp_path / name / f"{i}.safetensors", torch.full(shape, float(i)), torch.zeros(1 + i, 32), {})
-    assert len(Preview(open_data(tmp_path, pairs=True)).samples) == 1          # the first is alone of its shape
+    assert len(Preview(open_data(tmp_path, pairs=True), Sampler()).items) == 1          # the first is alone of its shape
     (tmp_path / "real" / "0.safetensors").unlink(), (tmp_path / "negatives" / "0.safetensors").unlink()
-    samples = Preview(open_data(tmp_path, pairs=True), count=2).samples
-    assert [sample["latents"].mean().item() for sample in samples] == [1.0, 4.0]
+    samples = Preview(open_data(tmp_path, pairs=True), Sampler(), count=2).items
+    assert [sample["win"].mean().item() for sample in samples] == [1.0, 4.0]
 
 
 def test_an_expert_of_two_cannot_be_previewed_alone(world, tmp_path, monkeypatch):      # noqa: F811

@@ -74,7 +74,7 @@ def same_end(one, other):
 # ------------------------------------------------------------------------------------------------------------------
 # going on
 
-SLOW = [(1, f"--loss {loss}") for loss in train.LOSS_FLAGS if loss not in ("sft", "regdpo", "sdpo")] + [
+SLOW = [(1, f"--loss {loss}") for loss in train.OBJECTIVES if loss not in ("sft", "regdpo", "sdpo")] + [
     (1, "--backward sequential"), (2, "--grad_accum 2"), (2, "--backward pair --ref cached"), (4, "--cp_size 2 --backward pair --checkpointing full")]
 
 

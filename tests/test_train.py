@@ -9,14 +9,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import losses
+import data
 import train
-from conftest import SHAPE, main_fails, run, same_run, textbook_error
+from conftest import pair_loss, SHAPE, main_fails, run, same_run, textbook_error
 from data import draw, open_data, order, read_sample, write_sample
 from model import CONFIGS, WanModel
 from weights import save_wan
 
-PAIR_LOSSES = [loss for loss in train.LOSS_FLAGS if loss != "sft"]
+PAIR_LOSSES = [loss for loss in train.OBJECTIVES if loss != "sft"]
 
 
 @pytest.fixture(scope="session")
@@ -88,8 +88,7 @@ def test_branch_by_branch_gradients_equal_those_of_the_loss_written_down_plainly
     win, v_win, t_win = textbook_error(policy, batch, "win")
     lose, v_lose, t_lose = textbook_error(policy, batch, "lose")
     ref_win, ref_lose = (textbook_error(ref, batch, side)[0] for side in ("win", "lose"))
-    safeguard = losses.safeguard_coefficient(v_win, t_win, v_lose, t_lose, args.mu)
-    plain, _ = train.pair_loss(args, win, lose, ref_win, ref_lose, batch["sigma"], safeguard)
+    plain, _ = pair_loss(args, win, lose, ref_win, ref_lose, batch["sigma"], (v_win, t_win, v_lose, t_lose))
     expected = torch.autograd.grad(plain.sum(), list(policy.parameters()))
     assert max(g.abs().max() for g in expected) > 1e-3
     for how in ("joint", "sequential"):
@@ -148,10 +147,15 @@ def test_the_logged_errors_are_those_of_the_pairs_of_that_step(world, one_rank):
         assert got is None if not want else got == pytest.approx(sum(want) / len(want), rel=1e-5)
 
 
+def test_an_r_that_is_no_number_is_refused(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["--r", "much"])
+    assert "--r: 'much': expected 'dgr' or a number" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("flags, words", [
     (("--loss", "dpo", "--r", "50"), ["--r 50", "--loss dpo", "regdpo"]),
     (("--loss", "regdpo", "--clip", "0.2"), ["--clip", "dpo_cm or sdpo"]),
-    (("--r", "much"), ["--r much", "'dgr' or a number"]),
     (("--batch_size", "5", "--grad_accum", "2"), ["--batch_size 5", "1 data ranks x --grad_accum 2"]),
     (("--data", "nowhere"), ["nowhere", "no such folder"]),
     (("--init", "nowhere"), ["--init nowhere"]),
@@ -204,16 +208,23 @@ def test_bad_data_is_named_before_training_and_nothing_is_written(world, tmp_pat
     assert not (tmp_path / "out").exists()
 
 
-def test_a_nan_in_a_sample_names_its_file_and_keeps_the_checkpoint(world, tmp_path):
-    data = tmp_path / "data"
-    shutil.copytree(world / "data", data)
-    run(world, tmp_path / "out", "--data", str(data), "--steps", "1")                               # what is looked at before training is good yet
-    path = open_data(data, pairs=True).pairs[order(0, 8, 24)][0]                                    # position 8: read in step 1, not in step 0
-    bad = load_file(path)
-    bad["latents"][0, 0, 0, 0] = float("nan")
-    save_file(bad, path, metadata=read_sample(world / "data" / "real" / Path(path).name)["metadata"])
-    with pytest.raises(ValueError, match=Path(path).name + ".*latents has 1 of .* NaN"):
-        run(world, tmp_path / "out", "--data", str(data), "--resume", "latest")
+def test_a_nan_in_a_sample_names_its_file_and_keeps_the_checkpoint(world, tmp_path, monkeypatch):
+    position, read_sample = order(0, 8, 24), data.read_sample                   # read in step 1, not in step 0
+    path = open_data(world / "data", pairs=True).pairs[position][0]
+
+    def damaged(file):
+        if Path(file) == path and (tmp_path / "out" / "latest").exists():       # it goes bad in the course of the run
+            bad = load_file(path)
+            bad["latents"][0, 0, 0, 0] = float("nan")
+            data.check_tensors(file, bad)
+        return read_sample(file)
+
+    monkeypatch.setattr(data, "read_sample", damaged)
+    argv = ["--init", str(world / "base"), "--data", str(world / "data"), "--out", str(tmp_path / "out"), "--batch_size",
+            "8", "--steps", "2", "--save_every", "1", "--probe_every", "0"]
+    with pytest.raises(ValueError, match=path.name + ".*latents has 1 of .* NaN"):
+        train.main(train.parse_args(argv))
+    torch.distributed.destroy_process_group()
     assert (tmp_path / "out" / "latest").read_text() == "step_000001\n"
 
 
@@ -252,8 +263,8 @@ def test_rounding_of_the_errors_does_not_stop_a_run_whatever_beta_makes_of_it(wo
 
 def test_a_reference_that_is_not_the_policy_stops_the_run_at_step_0(world, tmp_path, monkeypatch):
     build = train.build_model
-    def spoiled(*args, trained=False, **options):
-        model = build(*args, trained=trained, **options)
+    def spoiled(path, config, ranks, memory, trained, *rest):
+        model = build(path, config, ranks, memory, trained, *rest)
         if trained:                                                            # the policy
             with torch.no_grad():
                 model.head.head.bias.to_local().add_(0.05)

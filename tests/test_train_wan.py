@@ -13,7 +13,7 @@ import weights
 from benchmarks import load_memory
 from data import draw, open_data, write_sample
 from make_golden import CASES
-from conftest import POOLS, main_fails, run, same_run, textbook_error
+from conftest import pair_loss, POOLS, main_fails, run, same_run, textbook_error
 from model import WanConfig, WanModel
 from weights import load_wan, save_wan
 
@@ -95,8 +95,7 @@ def test_gradients_with_image_conditions_equal_those_of_the_loss_written_down_pl
     win, v_win, t_win = textbook_error(policy, batch, "win")
     lose, v_lose, t_lose = textbook_error(policy, batch, "lose")
     ref_win, ref_lose = (textbook_error(ref, batch, side)[0] for side in ("win", "lose"))
-    safeguard = losses.safeguard_coefficient(v_win, t_win, v_lose, t_lose, args.mu)
-    plain, _ = train.pair_loss(args, win, lose, ref_win, ref_lose, batch["sigma"], safeguard)
+    plain, _ = pair_loss(args, win, lose, ref_win, ref_lose, batch["sigma"], (v_win, t_win, v_lose, t_lose))
     expected = torch.autograd.grad(plain.sum(), list(policy.parameters()))
     assert max(g.abs().max() for g in expected) > 1e-3
     for args.backward in ("joint", "sequential"):
@@ -220,8 +219,8 @@ def trained(worlds, tmp_path_factory):
     return out
 
 
-def export(trained, out, *flags):
-    train.main(train.parse_args(["--export", str(trained / "step_000002"), "--out", str(out), *flags]))
+def export(trained, out, format="original", dtype=torch.float32, which="auto"):
+    weights.export_weights(trained / "step_000002", out, format, dtype, which)
     return load_wan(out).state_dict()
 
 
@@ -229,44 +228,21 @@ def test_a_checkpoint_of_two_ranks_exports_alone_in_every_format_and_type(traine
     end = load_wan(trained / "export").state_dict()                           # what the run itself wrote when it ended
     for format in ("original", "diffusers", "comfyui"):
         path = tmp_path / (format + ".safetensors" * (format == "comfyui"))
-        state = export(trained, path, "--export_format", format)
+        state = export(trained, path, format)
         assert list(state) == list(end) and all(torch.equal(state[name], end[name]) for name in end), format
-    state = export(trained, tmp_path / "half.safetensors", "--export_format", "comfyui", "--export_dtype", "bfloat16")
+    state = export(trained, tmp_path / "half.safetensors", "comfyui", torch.bfloat16)
     assert all(torch.equal(state[name], end[name].bfloat16().float()) for name in end)
     assert {tensor.dtype for tensor in load_file(tmp_path / "half.safetensors").values()} == {torch.bfloat16}
-    policy = export(trained, tmp_path / "policy", "--ema_decay", "0")
+    policy = export(trained, tmp_path / "policy", which="policy")
     assert any(not torch.equal(policy[name], end[name]) for name in end)
 
 
 def test_diffusers_runs_our_export_of_a_trained_model(trained, tmp_path):
     diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed (requirements-video.txt)")
-    export(trained, tmp_path / "transformer", "--export_format", "diffusers")
+    export(trained, tmp_path / "transformer", "diffusers")
     twin, ours = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "transformer"), load_wan(trained / "export")
     x, y, context, image = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in ((1, 4, 3, 4, 6), (1, 5, 3, 4, 6), (1, 512, 20), (1, 257, 40)))
     with torch.no_grad():
         theirs = twin(torch.cat([x, y], 1), torch.tensor([700.0]), context, encoder_hidden_states_image=image, return_dict=False)[0]
         mine = ours(x, torch.tensor([700.0]), context, y=y, clip_features=image)
     assert (mine - theirs).norm() <= 2e-5 * theirs.norm()
-
-
-def test_the_end_of_training_writes_the_format_that_was_asked_for(worlds, trained, tmp_path):
-    shutil.copytree(trained, tmp_path / "out")
-    argv = ["--init", str(worlds["i2v"] / "base"), "--data", str(worlds["i2v"] / "data"), "--out", str(tmp_path / "out"), "--batch_size", "4", "--steps", "2",
-            "--learning_rate", "2e-4", "--warmup_steps", "2", "--save_every", "3", "--max_grad_norm", "0.3", "--min_timestep", "0", "--ema_decay", "0.9",
-            "--resume", "latest", "--export_format", "comfyui", "--export_dtype", "bfloat16"]
-    train.main(train.parse_args(argv))                                        # resumed at its end, it has no step left to do
-    names = set(load_file(tmp_path / "out" / "export.safetensors"))
-    assert names == {"model.diffusion_model." + name for name in load_wan(trained / "export").state_dict()}
-    assert weights.find_model(tmp_path / "out" / "export.safetensors")[0] == MODELS["i2v"]
-
-
-def test_an_export_that_cannot_be_is_refused(trained, tmp_path):
-    for flags, says in ((["--export", str(trained / "step_000002")], "name a new file or folder with --out"),
-                        (["--export", str(trained / "step_000002"), "--out", str(trained)], "which is not a run's own"),
-                        (["--export", str(trained), "--out", str(tmp_path / "x")], "holds no whole checkpoint"),
-                        (["--export", str(trained / "step_000002"), "--out", str(tmp_path), "--export_format", "comfyui"], "a single file, and this is a folder"),
-                        (["--export", str(trained / "step_000002"), "--out", str(tmp_path / "a.safetensors")], "a folder, and this is a file")):
-        with pytest.raises(ValueError, match=says):
-            train.main(train.parse_args(flags))
-        torch.distributed.destroy_process_group()
-    assert not list(tmp_path.iterdir())
