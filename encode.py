@@ -334,23 +334,37 @@ def codecs_of(sample, file, weights):
     return open_codecs(config, weights)
 
 
+def decode_samples(codecs, files, out, fps, sheet="sheet.png", progress=True):
+    """
+    Write the video of each sample file to out/STEM.mp4, and a contact sheet of the first 16 of one size.
+
+    fps: frames a second where a sample does not say. Returns the number of videos in the sheet.
+    """
+    shown = []
+    for path in tqdm(files, desc="decoding", disable=None if progress else True):
+        sample = read_sample(path)
+        video = codecs.decode_video(sample["latents"].float())        # (3, F, H, W)
+        side = min(video.shape[2:])
+        rate = float(sample["metadata"].get("fps", fps))
+        upscale = max(1, 256 // side)                                 # players blur tiny clips
+        write_whole(Path(out) / f"{path.stem}.mp4", mp4(video, rate, upscale))
+        every = max(1, side // 128)                                   # pixels of large videos are left out
+        small = video[:, :, ::every, ::every]
+        if len(shown) < 16 and (not shown or small.shape == shown[0].shape):
+            shown.append(small)
+    if shown:
+        upscale = max(1, 128 // min(shown[0].shape[2:]))
+        write_whole(Path(out) / sheet, contact_sheet(shown, upscale=upscale))
+    return len(shown)
+
+
 def decode_folder(args):
     """Every sample of a folder to an mp4 of its stem, and a contact sheet of the first 16."""
     files = sample_files(args.decode)
     shapes, _ = read_summaries(files)[files[0]]                       # all have the same number of channels
     codecs = codecs_of(shapes, files[0], args.weights)
-    shown = []
-    for path in tqdm(files, desc="decoding", disable=None):
-        sample = read_sample(path)
-        video = codecs.decode_video(sample["latents"].float())        # (3, F, H, W)
-        upscale = max(1, 256 // min(video.shape[2:]))                 # players blur tiny clips
-        fps = float(sample["metadata"].get("fps", args.fps))
-        write_whole(Path(args.out) / f"{path.stem}.mp4", mp4(video, fps, upscale))
-        if len(shown) < 16 and (not shown or video.shape == shown[0].shape):
-            shown.append(video)
-    sheet = contact_sheet(shown, upscale=max(1, 128 // min(shown[0].shape[2:])))
-    write_whole(Path(args.out) / "sheet.png", sheet)
-    print(f"{args.out}: {len(files)} videos, and sheet.png with {len(shown)} of them, first file on top")
+    shown = decode_samples(codecs, files, args.out, args.fps)
+    print(f"{args.out}: {len(files)} videos, and sheet.png with {shown} of them, first file on top")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

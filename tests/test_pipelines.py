@@ -13,6 +13,7 @@ pytest.importorskip("diffusers", reason="needs diffusers and transformers (requi
 from diffusers import UniPCMultistepScheduler
 from PIL import Image
 
+import encode
 import sample
 from conftest import write_png
 from data import read_sample
@@ -34,14 +35,14 @@ def test_a_video_is_that_of_diffusers(tmp_path, monkeypatch, case, grid):
     else:
         scheduler.set_timesteps(STEPS)
         sigmas = scheduler.sigmas.tolist()
-        monkeypatch.setitem(sample.SOLVERS, "unipc", sample.SOLVERS["unipc"]._replace(grid=lambda steps, flow_shift: sigmas))
+        monkeypatch.setitem(sample.SOLVERS, "unipc", (sample.unipc, lambda steps, flow_shift: sigmas, int))
 
     rgb = np.random.default_rng(0).integers(0, 256, (2, height, width, 3), dtype=np.uint8)
     files = [str(tmp_path / f"{i}.png") for i in range(pictures)]
     for file, image in zip(files, rgb):
         write_png(file, image)
     seen = []                                                                  # as they would be written; an mp4 is not exact
-    monkeypatch.setattr(sample, "mp4", lambda video, fps, upscale: seen.append(video) or b"")
+    monkeypatch.setattr(encode, "mp4", lambda video, fps, upscale: seen.append(video) or b"")
     sample.main(sample.parse_args(["--init", str(tmp_path / "model"), "--prompts", *PROMPTS, "--negative_prompt", NEGATIVE, "--out", str(tmp_path / "out"),
                                    "--steps", str(STEPS), "--frames", str(FRAMES), "--size", str(height), str(width),
                                    *(["--image", files[0]] if pictures else []), *(["--last_image", files[1]] if pictures == 2 else [])]))

@@ -101,20 +101,21 @@ SETTLED = ("solver", "steps", "flow_shift", "guidance", "low_guidance", "boundar
 
 
 @pytest.mark.parametrize("variant, flags, expected", [
-    ("t2v", [], ["unipc", 50, 5, 5, 5, 0, 16, 81, [480, 832]]),
-    ("i2v", [], ["unipc", 40, 3, 5, 5, 0, 16, 81, [480, 832]]),
-    ("i2v", ["--size", "720", "1280"], ["unipc", 40, 5, 5, 5, 0, 16, 81, [720, 1280]]),
-    ("flf2v", [], ["unipc", 50, 16, 5, 5, 0, 16, 81, [480, 832]]),
-    ("ti2v", [], ["unipc", 50, 5, 5, 5, 0, 24, 121, [704, 1280]]),
+    ("t2v", [], ["unipc", 50, 5, 5, 0, 0, 16, 81, [480, 832]]),
+    ("i2v", [], ["unipc", 40, 3, 5, 0, 0, 16, 81, [480, 832]]),
+    ("i2v", ["--size", "720", "1280"], ["unipc", 40, 5, 5, 0, 0, 16, 81, [720, 1280]]),
+    ("flf2v", [], ["unipc", 50, 16, 5, 0, 0, 16, 81, [480, 832]]),
+    ("ti2v", [], ["unipc", 50, 5, 5, 0, 0, 24, 121, [704, 1280]]),
     ("t2v a14b", [], ["unipc", 40, 12, 4, 3, 0.875, 16, 81, [480, 832]]),
     ("i2v a14b", [], ["unipc", 40, 5, 3.5, 3.5, 0.9, 16, 81, [480, 832]]),
-    ("t2v a14b", ["--guidance", "6", "--solver", "euler", "--boundary", "0.5"], ["euler", 40, 12, 6, 6, 0.5, 16, 81, [480, 832]]),
+    ("t2v a14b", ["--guidance", "6", "--solver", "euler", "--boundary", "0.5"],
+     ["euler", 40, 12, 6, 6, 0.5, 16, 81, [480, 832]]),
     ("t2v a14b", ["--low_guidance", "2"], ["unipc", 40, 12, 4, 2, 0.875, 16, 81, [480, 832]]),
     ("t2v a14b", ["--pairs", "x"], ["unipc", 40, 12, 1, 1, 0.875, 16, 81, [480, 832]]),
 ])
-def test_what_is_not_given_is_as_the_authors_have_it(log, variant, flags, expected):
+def test_what_is_not_given_is_as_the_authors_do_it(log, variant, flags, expected):
     args = sample.parse_args(flags)
-    sample.settle(args, VARIANTS[variant], "a14b" in variant)
+    sample.fill_defaults(args, VARIANTS[variant], "a14b" in variant)
     assert [getattr(args, name) for name in SETTLED] == expected
 
 
@@ -135,7 +136,7 @@ def test_the_flow_shift_of_negatives_is_that_of_their_size(wan_folder, log, tmp_
 ])
 def test_the_negative_prompt_is_the_official_one_or_what_is_given(log, variant, given, expected):
     args = sample.parse_args(["--negative_prompt", given])
-    sample.settle(args, VARIANTS[variant], "a14b" in variant)
+    sample.fill_defaults(args, VARIANTS[variant], "a14b" in variant)
     assert args.negative_prompt == expected
 
 
