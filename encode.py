@@ -18,8 +18,10 @@ the public Wan models (UMT5-XXL, VAE, CLIP), from an original Wan folder or a di
 import argparse
 import csv
 import hashlib
+import os
 import re
 import sys
+from codecs import BOM_UTF8
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -46,6 +48,61 @@ from video import frame_times, nearest_frames, read_clips
 VIDEO_COLUMNS = ("video", "file_path", "video_path", "path")          # what other trainers' metadata calls them
 PROMPT_COLUMNS = ("prompt", "text", "caption", "cap")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"               # of Wan's encoders
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# text: prompts
+
+def check_text(where, text):
+    """ValueError unless the text, of an argument or a file's name, can be written as UTF-8."""
+    try:
+        str(text).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: {str(text)!r:.200} is not UTF-8 ({error.reason}), as all text in samples is; "
+                         "write it in UTF-8, or rename the file") from error
+
+
+def read_lines(path):
+    """Yield (file:line, text) of a text file in UTF-8, with or without a byte order mark, split at line feeds only."""
+    content = Path(path).read_bytes().removeprefix(BOM_UTF8)
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        try:
+            yield f"{path}:{number}", line.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}:{number}: not UTF-8 ({error}); save the file as UTF-8") from error
+
+
+def looks_like_path(text):
+    """Whether an argument is rather a path than a prompt: it exists, or is one word with a slash or a suffix."""
+    one_word = text.isascii() and len(text.split()) == 1
+    return os.path.exists(text) or one_word and ("/" in text or re.search(r"\w\.[A-Za-z]\w{1,4}$", text) is not None)
+
+
+def read_prompts(arguments):
+    """
+    The prompts that --prompts gives: each argument is one, or a .txt file with a prompt a line; blank lines are none.
+
+    ValueError for a file that is missing, empty or named twice, and for another path, which is not a prompt.
+    """
+    prompts, files = [], set()
+    for argument in arguments:
+        check_text("--prompts", argument)
+        if not argument.lower().endswith(".txt"):
+            if looks_like_path(argument):
+                raise ValueError(f"--prompts {argument}: this looks like a path; expected prompts or .txt files (if it "
+                                 "is a prompt, write it into a .txt file)")
+            prompts.append(argument)
+            continue
+        if not os.path.isfile(argument):
+            raise ValueError(f"--prompts {argument}: no such file; expected a .txt file with a prompt a line")
+        if Path(argument).resolve() in files:
+            raise ValueError(f"--prompts {argument}: named twice; name it once, or repeat its lines in the file")
+        files.add(Path(argument).resolve())
+        lines = [line.strip() for _, line in read_lines(argument) if line.strip()]
+        if not lines:
+            raise ValueError(f"--prompts {argument}: the file has no line with a prompt")
+        prompts += lines
+    return prompts
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,7 +15,6 @@ from functools import cache, partial
 from pathlib import Path
 
 import torch
-from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 import toy
@@ -226,12 +225,9 @@ def generate(model, context, seeds, shape, sampler, negative=None, low=None, dev
     conditions  the variant's other inputs (B, ...), the same in both branches; first_latent is TI2V's frame 0
     """
     if low is not None and not 0 < sampler.boundary < 1:
-        raise ValueError(f"boundary {sampler.boundary}: two experts need a sigma between 0 and 1 to change at, "
-                         "such as 0.875 (t2v) or 0.9 (i2v)")
+        raise ValueError(f"boundary {sampler.boundary}: two experts need a sigma between 0 and 1, as 0.875 or 0.9")
     solve, sigmas, timesteps = plan_steps(sampler)
-    high_steps = len(timesteps)
-    if low is not None:
-        high_steps = sum(timestep >= 1000 * sampler.boundary for timestep in timesteps)
+    high_steps = sum(low is None or timestep >= 1000 * sampler.boundary for timestep in timesteps)
     device = device or next(model.parameters()).device
 
     rows = list(context)
@@ -239,7 +235,7 @@ def generate(model, context, seeds, shape, sampler, negative=None, low=None, dev
         negative = torch.zeros(0, context[0].shape[1]) if negative is None else negative
         rows += [negative] * len(context)
     one_row = torch.zeros(1, context[0].shape[1])   # attention needs one, if all captions are empty
-    padded = pad_sequence([*rows, one_row], batch_first=True)[:-1].to(device)   # (B or 2B, T, D)
+    padded = torch.nn.utils.rnn.pad_sequence([*rows, one_row], batch_first=True)[:-1].to(device)   # (B or 2B, T, D)
     branches = 2 if sampler.guided else 1
     conditions = {name: torch.cat([value] * branches).to(device) for name, value in conditions.items()}
     expert, guidance = model, sampler.guidance
@@ -310,11 +306,10 @@ def missing_negatives(folder, settings, name="negatives", per_sample=1, rank=0, 
 
 def make_negatives(model, missing, settings, sampler, batch_size=64, negative=None, low=None, progress=True):
     """
-    Write the missing negatives: for each real sample, the model's own clip of the same caption and conditions. With
-    sampler.renoise below 1 it starts from the noised real clip, so that the two differ in less.
+    Write the missing negatives (of missing_negatives, made with negative_settings): the model's own clips of the real
+    samples' captions and conditions; with sampler.renoise below 1 from the noised real clip, to differ in less.
 
     Conditions are not written again: training takes the real sample's for both. Files appear whole: killed runs resume.
-    missing: from missing_negatives; settings: from negative_settings; negative, low: as in generate.
     """
     bar = tqdm(total=len(missing), desc="negatives", unit="clip", disable=not progress or not missing)
     for start in range(0, len(missing), batch_size):
@@ -358,15 +353,13 @@ DEFAULTS = {
     "embedded": WAN | dict(solver="euler", steps=20, flow_shift=3.0, guidance=1.0, batch_size=64, fps=8,
                            frames=toy.FRAMES, size=[toy.SIDE, toy.SIDE]),
 }
-# Wan2.1's image models put this before the negative prompt that all share: "shaking camera", "scene cut".
-NEGATIVE_PREFIX = {"i2v": "镜头晃动，", "flf2v": "镜头切换，镜头晃动，"}
 
 
 def parse_args(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     add = parser.add_argument_group("what to make").add_argument
-    add("--prompts", nargs="+", default=[], help="make videos: prompts, or one .txt file with a prompt a line")
+    add("--prompts", nargs="+", default=[], help="make videos: prompts, or .txt files with a prompt a line")
     add("--pairs", default="", help="make negatives: folder with real/*.safetensors")
     add("--init", default="toy_base", help="weights: a file, an original or diffusers folder; A14B: with both experts")
     add("--weights", default="", help="folder with Wan's text encoder, tokenizer, VAE and CLIP; default: --init")
@@ -387,8 +380,7 @@ def parse_args(argv):
     add("--solver", default="auto", help=" or ".join(SOLVERS))
     add("--steps", type=int, default=0, help="steps of the solver")
     add("--flow_shift", type=float, default=0.0, help="shift of the sigmas towards noise")
-    add("--guidance", type=float, default=0.0, help="classifier-free guidance, 1 is none; with --pairs 0 means 1, as "
-        "losers should come from the model's own distribution")
+    add("--guidance", type=float, default=0.0, help="classifier-free guidance, 1 is none; default with --pairs: 1")
     add("--low_guidance", type=float, default=0.0, help="guidance of the low-noise expert; 0: --guidance, if given")
     add("--boundary", type=float, default=0.0, help="sigma below which the low-noise expert takes over")
     add("--negative_prompt", default="official", help="text of the negative branch of guidance")
@@ -414,7 +406,7 @@ def fill_defaults(args, config, two_experts):
     if args.negative_prompt == "official" and variant == "embedded":
         args.negative_prompt = ""
     elif args.negative_prompt == "official":
-        from wan_encoders import NEGATIVE_PROMPT
+        from wan_encoders import NEGATIVE_PREFIX, NEGATIVE_PROMPT
         args.negative_prompt = NEGATIVE_PREFIX.get(variant, "") + NEGATIVE_PROMPT
 
     checks = {name: (getattr(args, name) > 0, "a number above 0") for name in
@@ -427,17 +419,6 @@ def fill_defaults(args, config, two_experts):
     for name, (fine, expected) in checks.items():
         if not fine:
             raise ValueError(f"--{name} {getattr(args, name)}: expected {expected}")
-
-
-def read_prompts(prompts):
-    """The prompts themselves, or the lines of the one .txt file that is named. ValueError where there are none."""
-    if len(prompts) == 1 and prompts[0].endswith(".txt"):
-        if not Path(prompts[0]).exists():
-            raise ValueError(f"--prompts {prompts[0]}: no such file")
-        prompts = [line.strip() for line in Path(prompts[0]).read_text().splitlines() if line.strip()]
-        if not prompts:
-            raise ValueError("--prompts: the file has no line with a prompt")
-    return prompts
 
 
 def image_files(args, config, count):
@@ -459,13 +440,6 @@ def image_files(args, config, count):
     return list(zip(*columns))
 
 
-def open_codecs(args, config):
-    """Text encoder, image encoders and decoder of the model at --init, from --weights or the folder of --init."""
-    import encode
-    folder = args.init if Path(args.init).is_dir() else Path(args.init).parent
-    return encode.open_codecs(config, args.weights or folder, args.device)
-
-
 def load_models(high, low, device):
     """The model (or high-noise expert) on `device`, and the function, or None, that loads the other expert there."""
     def load(path):
@@ -479,9 +453,9 @@ def make_videos(args, config, sampler, high, low):
     Turn --prompts into samples, mp4 files and a contact sheet. Memory holds one large thing at a time: image encoders,
     text encoder, model, decoder.
     """
-    from encode import check_clip, decode_samples
+    from encode import check_clip, decode_samples, open_codecs, read_prompts
     from video import read_image
-    codecs, out = open_codecs(args, config), Path(args.out)
+    codecs, out = open_codecs(config, args.weights, args.device), Path(args.out)
     check_clip(codecs, args.frames, args.size)
     rows, columns = (side // (codecs.multiple // config.patch_size[1]) for side in args.size)
     shape = (config.out_dim, (args.frames - 1) // codecs.frame_step + 1, rows, columns)
@@ -525,13 +499,14 @@ def make_videos(args, config, sampler, high, low):
 
 def add_negatives(args, config, sampler, high, low):
     """Make the negatives that --pairs lacks. Nothing is loaded where none is missing."""
+    from encode import open_codecs
     model_name = "+".join(weights_digest(path) for path in (high, low) if path)
     settings = negative_settings(model_name, sampler, args.seed, args.negative_prompt if sampler.guided else "")
     missing = missing_negatives(args.pairs, settings, args.name, args.per_sample, args.rank, args.world)
     if missing:
         negative = None
         if sampler.guided:
-            codecs = open_codecs(args, config)
+            codecs = open_codecs(config, args.weights, args.device)
             negative = codecs.encode_text(args.negative_prompt)
             codecs.free("text")
         model, load_low = load_models(high, low, args.device)
@@ -540,24 +515,30 @@ def add_negatives(args, config, sampler, high, low):
 
 
 def main(args):
+    from encode import check_text
     if bool(args.prompts) == bool(args.pairs):
         raise ValueError("give either --prompts or --pairs")
     if not args.name.startswith("negatives") or "/" in args.name:
         raise ValueError(f"--name {args.name}: expected a name that starts with 'negatives', as training expects")
     if args.pairs and (args.image or args.last_image or args.frames or any(args.size)):
         raise ValueError("--image, --last_image, --frames and --size are for --prompts; with --pairs real/ says them")
+    check_text("--init", args.init)
+    check_text("--negative_prompt", args.negative_prompt)
     args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # no process group
     args.device = torch.device("cpu")
     if torch.cuda.is_available():
         args.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
 
     args.init = locate_weights(args.init)
+    args.weights = args.weights or (args.init if Path(args.init).is_dir() else Path(args.init).parent)
     high, low = find_experts(args.init)
     config, _ = open_wan(high)
     if low:
         open_wan(low, config)
     if args.pairs:
         files = sample_files(Path(args.pairs) / "real")
+        for file in files:
+            check_text(f"--pairs {args.pairs}", file.name)
         check_samples(read_summaries(files), config)
         args.size = [8 * side for side in read_header(files[0])["latents"].shape[2:]]   # for the flow_shift of i2v
     fill_defaults(args, config, low is not None)

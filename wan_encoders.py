@@ -18,8 +18,8 @@ import torch.nn.functional as F
 
 from weights import find_weights, open_safetensors, read_json
 
-# Wan's unconditional text where a user gives none.
-# Wan2.1's own image pipelines put 镜头晃动， before it, and FLF2V's 镜头切换， before that.
+# Wan's negative prompt where a user gives none; what Wan2.1's image models put before it: "shaking camera", "scene cut".
+NEGATIVE_PREFIX = {"i2v": "镜头晃动，", "flf2v": "镜头切换，镜头晃动，"}
 NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
     "多余的手指，画得不好的手部，画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，杂乱的背景，三条腿，背景人很多，倒着走")

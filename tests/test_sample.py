@@ -453,20 +453,77 @@ def test_prompts_become_videos_a_sheet_and_samples(base, tmp_path):
 
 def test_prompts_of_any_kind_become_numbered_files_in_the_folder_and_nothing_else(base, tmp_path):
     pytest.importorskip("av", reason="mp4 files need PyAV (requirements-video.txt)")
-    prompts = ["../../outside", "/etc/passwd", "a\0b", "x" * 5000, "猫 \u202e\n~", "-rf *", "same", "same",
-               "a.txt/../b.txt", ""]
+    lines = ["../../outside", "/etc/passwd", "a\0b", "x" * 5000, "猫 \u202e~", "-rf *", "same", "same", "a.txt/../b.txt"]
     before = set(tmp_path.parent.iterdir())
+    (tmp_path / "lines.txt").write_text("\n".join(lines))
     args = sample.parse_args(["--init", str(base[0]), "--out", str(tmp_path / "a" / "out"), "--steps", "1",
-                              "--prompts", "x"])
-    args.prompts = prompts                                                     # what no shell would pass on, too
+                              "--prompts", str(tmp_path / "lines.txt"), "", "x\ny"])
     sample.main(args)
     out = tmp_path / "a" / "out"
-    names = [f"{i:05d}.{kind}" for i in range(10) for kind in ("mp4", "safetensors")]
+    names = [f"{i:05d}.{kind}" for i in range(11) for kind in ("mp4", "safetensors")]
     assert sorted(path.name for path in out.iterdir()) == [*names, "contact_sheet.png"]
     outside = [path.relative_to(tmp_path) for path in sorted(tmp_path.rglob("*")) if out not in path.parents]
-    assert outside == [Path("a"), Path("a/out")]
+    assert outside == [Path("a"), Path("a/out"), Path("lines.txt")]
     assert set(tmp_path.parent.iterdir()) == before
-    assert [read_sample(out / f"{i:05d}.safetensors")["metadata"]["prompt"] for i in range(10)] == prompts
+    made = [read_sample(out / f"{i:05d}.safetensors")["metadata"]["prompt"] for i in range(11)]
+    assert made == [*lines, "", "x\ny"]
+
+
+def prompts_made(base, folder, *prompts):
+    """The prompts in the metadata of the samples that --prompts makes."""
+    pytest.importorskip("av", reason="mp4 files need PyAV (requirements-video.txt)")
+    run("--init", base[0], "--out", folder / "out", "--steps", 1, "--prompts", *prompts)
+    return [read_sample(path)["metadata"]["prompt"] for path in sorted((folder / "out").glob("*.safetensors"))]
+
+
+def test_prompt_files_may_be_several_of_any_case_of_suffix_among_prompts(base, tmp_path):
+    (tmp_path / "a.TXT").write_text("red circle\nblue square\n")
+    (tmp_path / "b.txt").write_text("green circle")
+    made = prompts_made(base, tmp_path, tmp_path / "a.TXT", "a single prompt.", tmp_path / "b.txt")
+    assert made == ["red circle", "blue square", "a single prompt.", "green circle"]
+
+
+@pytest.mark.parametrize("content, expected", [
+    (b"\xef\xbb\xbfred circle\r\nblue square", ["red circle", "blue square"]),   # a byte order mark, as Notepad writes it
+    ("a cat\u2028on a mat\x0bor\x85not\na dog".encode(), ["a cat\u2028on a mat\x0bor\x85not", "a dog"]),
+])
+def test_prompt_files_are_utf8_with_or_without_a_mark_split_at_line_feeds_only(base, tmp_path, content, expected):
+    (tmp_path / "prompts.txt").write_bytes(content)
+    assert prompts_made(base, tmp_path, tmp_path / "prompts.txt") == expected
+
+
+@pytest.mark.parametrize("prompts, words", [
+    (["nowhere.TXT"], "nowhere.TXT: no such file"),
+    (["a cat", "nowhere.txt"], "nowhere.txt: no such file"),
+    (["clips/prompts"], "clips/prompts: this looks like a path"),
+    (["prompts.jsonl"], "prompts.jsonl: this looks like a path"),
+    (["FOLDER/latin.txt"], "latin.txt:2: not UTF-8"),
+    (["FOLDER/utf16.txt"], "utf16.txt:1: not UTF-8"),
+    (["FOLDER/good.txt", "FOLDER/../FOLDER/good.txt"], "good.txt: named twice"),
+    (["FOLDER/blank.txt"], "blank.txt: the file has no line with a prompt"),
+    (["FOLDER"], "this looks like a path"),
+    (["a cat", "a \udce4 dog"], "--prompts: 'a .udce4 dog' is not UTF-8"),
+])
+def test_what_is_no_prompt_is_refused_by_name(base, tmp_path, monkeypatch, prompts, words):
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "FOLDER"
+    folder.mkdir()
+    (folder / "latin.txt").write_bytes("a dog\nein Hündchen".encode("latin-1"))
+    (folder / "utf16.txt").write_bytes("a dog".encode("utf-16"))
+    (folder / "good.txt").write_text("a dog")
+    (folder / "blank.txt").write_text("\n \n")
+    with pytest.raises(ValueError, match=words):
+        run("--init", base[0], "--out", "out", "--steps", 1, "--prompts", *prompts)
+    assert not Path("out").exists()
+
+
+def test_text_that_no_sample_can_hold_is_refused_before_the_model_runs(base, pairs, monkeypatch):
+    monkeypatch.setattr(sample, "load_wan", None)
+    with pytest.raises(ValueError, match="--negative_prompt: 'gr.udce4u' is not UTF-8"):
+        run("--init", base[0], "--pairs", pairs, "--steps", 1, "--negative_prompt", "gr\udce4u")
+    (pairs / "real" / "00.safetensors").rename(pairs / "real" / "\udce4.safetensors")
+    with pytest.raises(ValueError, match="--pairs .*udce4.safetensors' is not UTF-8"):
+        run("--init", base[0], "--pairs", pairs, "--steps", 1)
 
 
 def test_existing_samples_are_not_overwritten(base, tmp_path):
