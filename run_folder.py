@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from data import write_whole
 from fsdp_utils import extremes, total
-from weights import Planner, Reader, find_checkpoint
+from step_folder import Planner, Reader
 
 # ------------------------------------------------------------------------------------------------------------------
 # starting and resuming
@@ -67,6 +67,22 @@ def check_common_flags(args, ranks):
     if args.batch_size % share:
         raise ValueError(f"--batch_size {args.batch_size} does not divide over {ranks.data_ranks} data ranks x "
                          f"--grad_accum {args.grad_accum}; take a multiple of {share}")
+
+
+def find_checkpoint(out, resume):
+    """The step folder that --resume names: `latest` (of the run's folder out) or a path. ValueError if it is not whole."""
+    if resume == "latest":
+        pointer = Path(out) / "latest"
+        if not pointer.exists():
+            raise ValueError(f"--resume latest: {pointer} does not exist; {out} has no checkpoint. "
+                             "Leave out --resume to start anew, or name a step folder")
+        folder = Path(out) / pointer.read_text(encoding="utf-8-sig").strip()
+    else:
+        folder = Path(resume)
+    if not (folder / "meta.json").exists():
+        raise ValueError(f"--resume {resume}: {folder} holds no whole checkpoint (meta.json is missing); "
+                         f"name a folder like {out}/step_000500")
+    return folder
 
 
 def check_folder(out, resume):

@@ -444,7 +444,7 @@ def load_models(high, low, device):
     """The model (or high-noise expert) on `device`, and the function, or None, that loads the other expert there."""
     def load(path):
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        return load_wan(path, dtype=dtype).eval().requires_grad_(False).to(device)
+        return load_wan(path, dtype=dtype, device=device).eval().requires_grad_(False)
     return load(high), cache(partial(load, low)) if low else None
 
 

@@ -1,72 +1,112 @@
 """
-Wan weights on disk.
+Wan weights on disk: public checkpoints in and out, which model a path holds, conversions and exports.
+
+    model = load_wan("Wan2.1-T2V-1.3B", dtype=torch.bfloat16, device="cuda")
+    save_wan(model, "mine/transformer", format="diffusers")
+
+    python weights.py out/regdpo/step_000300 --format comfyui --dtype bfloat16 --out wan.safetensors
+    python weights.py Wan2.1-T2V-1.3B --format diffusers --out mine/transformer
+
+Three formats hold the same tensors in the same shapes, under different names:
+
+    original    Wan-AI's repositories: a folder with config.json and one .safetensors file, or shards and their index
+    diffusers   such a folder with other names, usually called transformer/
+    comfyui     a single file: original names under a prefix, no config.json
+
+Our parameters have the original names. Tensors are converted one at a time, so a model may be larger than memory.
 """
+import argparse
 import json
 import os
-import pickle
 import re
 import struct
-import warnings
+import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError, safe_open
 from torch import nn
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
 
 from model import CONFIGS, WanConfig, WanModel
+from step_folder import stored_weights
 
-warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")    # stored_weights asks for just that
-
-WEIGHTS = "diffusion_pytorch_model"
+HERE = Path(__file__).resolve().parent
+FORMATS = ("original", "diffusers", "comfyui")
 COMFYUI_PREFIX = "model.diffusion_model."
+WEIGHTS = "diffusion_pytorch_model"                                      # name of the files in folders
 SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+TORCH_DTYPES = {word: dtype for dtype, word in SAFETENSORS_DTYPES.items()}
+# A14B: folders of the high-noise and the low-noise expert (original, diffusers); the timestep from which high samples
+EXPERTS = (("high_noise_model", "low_noise_model"), ("transformer", "transformer_2"))
+BOUNDARIES = {"wan2.2-t2v-a14b": 875.0, "wan2.2-i2v-a14b": 900.0}
 
-DIFFUSERS_NAMES = {                   # original -> diffusers; only names differ, never a shape or an order
-    "patch_embedding": "patch_embedding", "time_projection.1": "condition_embedder.time_proj",
-    "text_embedding.0": "condition_embedder.text_embedder.linear_1", "text_embedding.2": "condition_embedder.text_embedder.linear_2",
-    "time_embedding.0": "condition_embedder.time_embedder.linear_1", "time_embedding.2": "condition_embedder.time_embedder.linear_2",
-    "img_emb.proj.0": "condition_embedder.image_embedder.norm1", "img_emb.proj.4": "condition_embedder.image_embedder.norm2",
-    "img_emb.proj.1": "condition_embedder.image_embedder.ff.net.0.proj", "img_emb.proj.3": "condition_embedder.image_embedder.ff.net.2",
-    "img_emb.emb_pos": "condition_embedder.image_embedder.pos_embed",
-    "head.head": "proj_out", "head.modulation": "scale_shift_table", "blocks.*.modulation": "blocks.*.scale_shift_table",
-    "blocks.*.norm3": "blocks.*.norm2",              # the only LayerNorm with weights: third in the original's list, second in the block
-    "blocks.*.ffn.0": "blocks.*.ffn.net.0.proj", "blocks.*.ffn.2": "blocks.*.ffn.net.2",
+# ------------------------------------------------------------------------------------------------------------------
+# names
+
+DIFFUSERS_NAMES = {                                                      # original -> diffusers
+    "patch_embedding": "patch_embedding",
+    "head.head": "proj_out",
+    "head.modulation": "scale_shift_table",
+    "blocks.*.modulation": "blocks.*.scale_shift_table",
+    "blocks.*.norm3": "blocks.*.norm2",                                  # norm1 and norm2 have no weights
+    "blocks.*.ffn.0": "blocks.*.ffn.net.0.proj",
+    "blocks.*.ffn.2": "blocks.*.ffn.net.2",
 }
-for ours, theirs in (("self_attn", "attn1"), ("cross_attn", "attn2")):
-    for layer, name in dict(q="to_q", k="to_k", v="to_v", o="to_out.0", norm_q="norm_q", norm_k="norm_k",
-                            k_img="add_k_proj", v_img="add_v_proj", norm_k_img="norm_added_k").items():
-        DIFFUSERS_NAMES[f"blocks.*.{ours}.{layer}"] = f"blocks.*.{theirs}.{name}"
+for ours, theirs in {"text_embedding.0": "text_embedder.linear_1", "text_embedding.2": "text_embedder.linear_2",
+                     "time_embedding.0": "time_embedder.linear_1", "time_embedding.2": "time_embedder.linear_2",
+                     "img_emb.proj.0": "image_embedder.norm1", "img_emb.proj.4": "image_embedder.norm2",
+                     "img_emb.proj.1": "image_embedder.ff.net.0.proj", "img_emb.proj.3": "image_embedder.ff.net.2",
+                     "img_emb.emb_pos": "image_embedder.pos_embed", "time_projection.1": "time_proj"}.items():
+    DIFFUSERS_NAMES[ours] = "condition_embedder." + theirs
+for ours, theirs in {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0", "norm_q": "norm_q", "norm_k": "norm_k",
+                     "k_img": "add_k_proj", "v_img": "add_v_proj", "norm_k_img": "norm_added_k"}.items():
+    DIFFUSERS_NAMES["blocks.*.self_attn." + ours] = "blocks.*.attn1." + theirs
+    DIFFUSERS_NAMES["blocks.*.cross_attn." + ours] = "blocks.*.attn2." + theirs
 ORIGINAL_NAMES = {theirs: ours for ours, theirs in DIFFUSERS_NAMES.items()}
-DIFFUSERS_FIELDS = {                  # WanConfig -> diffusers' config.json
-    "num_heads": "num_attention_heads", "in_dim": "in_channels", "out_dim": "out_channels", "image_pos_len": "pos_embed_seq_len",
+DIFFUSERS_FIELDS = {                                                     # WanConfig -> diffusers' config.json
+    "num_heads": "num_attention_heads", "in_dim": "in_channels", "out_dim": "out_channels",
+    "image_pos_len": "pos_embed_seq_len",
     **{name: name for name in ("ffn_dim", "num_layers", "text_dim", "text_len", "freq_dim", "patch_size", "eps")}}
 
 
 def rename(name, table):
-    """blocks.3.ffn.0.weight -> what the table has for blocks.*.ffn.0; a name that is not in the table stays as it is."""
+    """blocks.3.ffn.0.weight -> what the table has for blocks.*.ffn.0; a name that is not in the table stays."""
     block, stem, leaf = re.fullmatch(r"(blocks\.\d+\.)?(.*?)(\.weight|\.bias)?", name).groups("")
     new = table.get("blocks.*." + stem if block else stem)
     return name if new is None else new.replace("blocks.*.", block) + leaf
 
 
+def public_name(name, format):
+    """The name in a file of this format of our parameter `name`."""
+    if format == "diffusers":
+        return rename(name, DIFFUSERS_NAMES)
+    return COMFYUI_PREFIX + name if format == "comfyui" else name
+
+
 def expected_shapes(config):
+    """{our parameter name: shape} of a model with this config."""
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in WanModel(config).state_dict().items()}
 
 
 def check_shapes(shapes, config, where):
-    """shapes {our name: shape} must be exactly those of config; `where(name)` says which file a name is in."""
+    """ValueError unless shapes {our name: shape} are exactly those of config; where(name) is the file to blame."""
     expected = expected_shapes(config)
-    if wrong := [name for name in expected | shapes if shapes.get(name) != expected.get(name)]:
-        preset = next((preset for preset, known in CONFIGS.items() if known == config), config)
-        raise ValueError(f"{where(wrong[0])}: tensor {wrong[0]} is {shapes.get(wrong[0], 'missing')}, expected "
-                         f"{expected.get(wrong[0], 'no such tensor')} in {preset}; {len(wrong)} tensors of {len(expected)} differ")
+    wrong = [name for name in expected | shapes if shapes.get(name) != expected.get(name)]
+    if wrong:
+        name = wrong[0]
+        model = next((preset for preset, preset_config in CONFIGS.items() if preset_config == config), config)
+        raise ValueError(f"{where(name)}: tensor {name} is {shapes.get(name, 'missing')}, expected "
+                         f"{expected.get(name, 'no such tensor')} in {model}; "
+                         f"{len(wrong)} tensors of {len(expected)} differ")
 
+
+# ------------------------------------------------------------------------------------------------------------------
+# reading public checkpoints
 
 def open_safetensors(file):
+    """An open safetensors file. ValueError if it is not whole."""
     try:
         return safe_open(file, "pt")
     except SafetensorError as error:
@@ -74,20 +114,24 @@ def open_safetensors(file):
 
 
 def read_json(file):
+    """The content of a JSON file. ValueError if it is not JSON."""
     try:
-        return json.loads(file.read_text())
+        return json.loads(file.read_text(encoding="utf-8-sig"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise ValueError(f"{file}: not JSON ({error})") from error
 
 
 def find_weights(path):
-    """A file, or a folder (or its transformer/) with one file or with shards and their index -> {tensor name in the file: file}."""
+    """
+    {tensor name: its file}, file by file, for one .safetensors file, or for a folder (or its transformer/) that holds
+    one such file, or shards and their index. ValueError where files are missing, damaged or ambiguous.
+    """
     path = Path(path)
     if path.is_file():
         return dict.fromkeys(open_safetensors(path).keys(), path)
     if not path.is_dir():
         raise ValueError(f"{path}: no such file or folder")
-    for high, low in (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model")):
+    for high, low in EXPERTS:
         if (path / low).is_dir():
             raise ValueError(f"{path} holds two experts: give {path / high} (high noise) or {path / low} (low noise)")
     if (path / "transformer").is_dir():
@@ -97,207 +141,244 @@ def find_weights(path):
     if len(files) == 1 and not indices:
         return dict.fromkeys(open_safetensors(files[0]).keys(), files[0])
     if len(indices) != 1:
-        raise ValueError(f"{path}: expected one .safetensors file, or shards with one .safetensors.index.json; found {len(files)} and "
-                         f"{len(indices)} (pickled weights, .pth or .bin, are not read)")
+        raise ValueError(f"{path}: expected one .safetensors file, or shards with one .safetensors.index.json; found "
+                         f"{len(files)} and {len(indices)} (pickled weights, .pth or .bin, are not read)")
     weight_map = read_json(indices[0]).get("weight_map")
     if not weight_map:
         raise ValueError(f"{indices[0]}: no weight_map, so not the index of a safetensors checkpoint")
+    files = {}
     for shard in sorted(set(weight_map.values())):
         if not (path / shard).is_file():
             raise ValueError(f"{indices[0]} names {shard}, which is not there: the copy or download is not complete")
-        if absent := {name for name in weight_map if weight_map[name] == shard} - set(open_safetensors(path / shard).keys()):
+        names = [name for name in weight_map if weight_map[name] == shard]
+        absent = set(names) - set(open_safetensors(path / shard).keys())
+        if absent:
             raise ValueError(f"{path / shard}: no tensor {min(absent)}, though {indices[0].name} says so")
-    return {name: path / shard for name, shard in weight_map.items()}
+        files |= dict.fromkeys(names, path / shard)
+    return files
 
 
 def read_settings(file):
-    """What config.json beside the weights, or the header of a single file by save_wan, says -> {field of WanConfig or model_type: value}, source."""
-    header = open_safetensors(file).metadata() or {}
-    source = file.parent / "config.json"
+    """
+    What is said about the model by config.json next to `file`, or by the header of a single file from save_wan.
+    Returns {field of WanConfig or "model_type": value} ({} if nothing is), and the file that says it.
+    """
+    header, source = open_safetensors(file).metadata() or {}, file.parent / "config.json"
     if "wan_config" in header:
-        found, source = json.loads(header["wan_config"]), file
+        settings, source = json.loads(header["wan_config"]), file
     else:
-        found = read_json(source) if source.is_file() else {}
-        if found.get("_class_name") not in ("WanModel", "WanTransformer3DModel"):
+        settings = read_json(source) if source.is_file() else {}
+        if settings.get("_class_name") not in ("WanModel", "WanTransformer3DModel"):
             return {}, file                                              # single files lie among other models' files
-    if "num_attention_heads" in found:                                   # diffusers' words
-        found["dim"] = found["num_attention_heads"] * found["attention_head_dim"]
-        found |= {ours: found[theirs] for ours, theirs in DIFFUSERS_FIELDS.items() if theirs in found}
-    if "patch_size" in found:
-        found["patch_size"] = tuple(found["patch_size"])
-    return {name: found[name] for name in ("model_type", *WanConfig.__dataclass_fields__) if name in found}, source
+    if "num_attention_heads" in settings:                                # diffusers' words
+        settings["dim"] = settings["num_attention_heads"] * settings["attention_head_dim"]
+        settings |= {ours: settings[theirs] for ours, theirs in DIFFUSERS_FIELDS.items() if theirs in settings}
+    if "patch_size" in settings:
+        settings["patch_size"] = tuple(settings["patch_size"])
+    fields = ("model_type", *WanConfig.__dataclass_fields__)
+    return {name: settings[name] for name in fields if name in settings}, source
+
+
+def open_tensors(path):
+    """{our name: lazy slice}, {our name: its file} of a public checkpoint. Refuses 8-bit and scaled files."""
+    files = find_weights(path)
+    handles = {file: open_safetensors(file) for file in set(files.values())}
+    is_diffusers = any(name.startswith("condition_embedder.") for name in files)
+    tensors, where = {}, {}
+    for name, file in files.items():
+        tensor = handles[file].get_slice(name)
+        if tensor.get_dtype() not in TORCH_DTYPES or re.search("scale_weight|scale_input|weight_scale", name):
+            raise ValueError(f"{file}: {name} is {tensor.get_dtype()}: 8-bit and scaled files are for inference, their "
+                             "scales are not applied here and their steps are too coarse to train from; "
+                             "use the bf16, fp16 or fp32 file")
+        ours = rename(name, ORIGINAL_NAMES) if is_diffusers else name.removeprefix(COMFYUI_PREFIX)
+        if not ours.endswith("attn2.norm_added_q.weight"):               # in some old diffusers files; no code uses it
+            tensors[ours], where[ours] = tensor, file
+    return tensors, where
 
 
 def open_wan(path, config=None):
     """
-    Find the weights at `path` without reading them: an original or diffusers folder (whole or sharded), the parent of a diffusers
-    transformer/, or a single file with either names, with or without ComfyUI's prefix.
-    Returns config, {our parameter name: lazy slice}; a slice has get_shape(), and [a:b] reads only these rows. The variant comes from
-    config.json and the tensors; ValueError where they differ from each other or from `config`, and where a tensor is missing, left over or
-    of another shape. A single file has no config.json: its variant is `config`, or else the preset that has exactly its tensors.
-    """
-    files = find_weights(path)
-    handles = {file: open_safetensors(file) for file in set(files.values())}
-    diffusers = any(name.startswith("condition_embedder.") for name in files)
-    tensors, where = {}, {}                                              # by our names
-    for name, file in files.items():
-        tensor = handles[file].get_slice(name)
-        if tensor.get_dtype() not in SAFETENSORS_DTYPES.values() or re.search("scale_weight|scale_input|weight_scale", name):
-            raise ValueError(f"{file}: {name} is {tensor.get_dtype()}: 8-bit and scaled files are for inference, their scales are not "
-                             "applied here and their steps are too coarse to train from; use the bf16, fp16 or fp32 file")
-        ours = rename(name, ORIGINAL_NAMES) if diffusers else name.removeprefix(COMFYUI_PREFIX)
-        if not ours.endswith("attn2.norm_added_q.weight"):               # in some old diffusers files; no code uses it
-            tensors[ours], where[ours] = tensor, file
-    shapes = {name: tuple(tensor.get_shape()) for name, tensor in tensors.items()}
+    Find the weights at `path` without reading them: an original or diffusers folder (whole or sharded), the parent of a
+    diffusers transformer/, or a single file with either names, with or without ComfyUI's prefix.
 
-    settings, source = read_settings(next(iter(handles)))
+    Returns config, {our parameter name: lazy slice}; a slice has get_shape(), and [a:b] reads these rows only. The
+    variant comes from config.json and the tensors. ValueError where they differ from each other or from `config`, and
+    where a tensor is missing, left over or of another shape. A single file has no config.json: its variant is `config`,
+    or else the preset that has exactly its tensors.
+    """
+    tensors, where = open_tensors(path)
+    shapes = {name: tuple(tensor.get_shape()) for name, tensor in tensors.items()}
+    settings, source = read_settings(next(iter(where.values())))
     model_type = settings.pop("model_type", None)
     if settings:
-        image = {"image_dim": shapes.get("img_emb.proj.0.weight", (0,))[0], "image_pos_len": shapes.get("img_emb.emb_pos", (1, 0))[1]}
-        for name, size in image.items():                                 # not in an original config.json: Wan2.1 and 2.2 i2v have the same one
+        image = {"image_dim": shapes.get("img_emb.proj.0.weight", (0,))[0],      # not in an original config.json
+                 "image_pos_len": shapes.get("img_emb.emb_pos", (1, 0))[1]}
+        for name, size in image.items():
             if (settings.get(name, size) or 0) != size:
-                raise ValueError(f"{source}: {name} is {settings[name]}, but the tensors beside it have an image branch of {size}")
+                raise ValueError(f"{source}: {name} is {settings[name]}, but the tensors next to it have an image "
+                                 f"branch of {size}")
         settings |= image
-        if unsaid := {"dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim"} - settings.keys():
-            raise ValueError(f"{source}: no {', '.join(sorted(unsaid))}; not the config.json of a Wan video model")
-        found = WanConfig(**settings)
+        missing = {"dim", "ffn_dim", "num_heads", "num_layers", "in_dim", "out_dim"} - settings.keys()
+        if missing:
+            raise ValueError(f"{source}: no {', '.join(sorted(missing))}; not the config.json of a Wan video model")
+        stored = WanConfig(**settings)
     else:
-        found = config or next((preset for preset in CONFIGS.values() if expected_shapes(preset) == shapes), None)
-        if found is None:
-            raise ValueError(f"{path}: no config.json of a Wan model, and the {len(shapes)} tensors ({', '.join(sorted(shapes)[:3])}, ...) are "
-                             f"not those of {', '.join(CONFIGS)}")
-    if config not in (None, found):
-        field = next(field for field, value in vars(config).items() if value != getattr(found, field))
-        raise ValueError(f"{source}: {field} is {getattr(found, field)}, expected {getattr(config, field)} in the model asked for")
-    check_shapes(shapes, found, lambda name: where.get(name, path))
-    if model_type not in (None, found.model_type):
-        raise ValueError(f"{source}: model_type is {model_type}, but the tensors beside it are those of {found.model_type}")
-    return found, tensors
+        stored = config or next((preset for preset in CONFIGS.values() if expected_shapes(preset) == shapes), None)
+        if stored is None:
+            raise ValueError(f"{path}: no config.json of a Wan model, and the {len(shapes)} tensors "
+                             f"({', '.join(sorted(shapes)[:3])}, ...) are not those of {', '.join(CONFIGS)}")
+    if config not in (None, stored):
+        field = next(field for field, value in vars(config).items() if value != getattr(stored, field))
+        raise ValueError(f"{source}: {field} is {getattr(stored, field)}, expected {getattr(config, field)} "
+                         "in the model asked for")
+    check_shapes(shapes, stored, lambda name: where.get(name, path))
+    if model_type not in (None, stored.model_type):
+        raise ValueError(f"{source}: model_type is {model_type}, but the tensors next to it are those of "
+                         f"{stored.model_type}")
+    return stored, tensors
 
 
-def load_wan(path, config=None, dtype=torch.float32):
-    """A WanModel with the weights at `path` (see open_wan), all of them as `dtype`, on the CPU."""
+def load_wan(path, config=None, dtype=torch.float32, device="cpu"):
+    """A WanModel with the weights at `path` (see open_wan), which go to `device` one by one, as `dtype`."""
     config, tensors = open_wan(path, config)
     with torch.device("meta"):
         model = WanModel(config)
-    model.load_state_dict({name: tensor[:].to(dtype) for name, tensor in tensors.items()}, strict=True, assign=True)
+    state = {name: tensor[:].to(device, dtype) for name, tensor in tensors.items()}
+    model.load_state_dict(state, strict=True, assign=True)
     return model
 
 
+# ------------------------------------------------------------------------------------------------------------------
+# writing public checkpoints
+
 def public_config(config, format):
-    """-> config.json as the official or the diffusers class reads it."""
-    if format == "original":                                             # knows the image branch by model_type
+    """The content of config.json for the official (format "original") or the diffusers class."""
+    if format == "original":                                             # which knows the image branch by model_type
         settings = {"_class_name": "WanModel", "model_type": config.model_type} | asdict(config)
-        del settings["image_dim"], settings["image_pos_len"]
-        return settings if config.scores else {name: value for name, value in settings.items() if name != "scores"}
-    settings = {"_class_name": "WanTransformer3DModel"} | {theirs: getattr(config, ours) for ours, theirs in DIFFUSERS_FIELDS.items()}
+        hidden = ("image_dim", "image_pos_len") if config.scores else ("image_dim", "image_pos_len", "scores")
+        return {name: value for name, value in settings.items() if name not in hidden}
+    settings = {"_class_name": "WanTransformer3DModel"}
+    settings |= {theirs: getattr(config, ours) for ours, theirs in DIFFUSERS_FIELDS.items()}
     if config.text_len == 512:
         del settings["text_len"]                                         # diffusers does not know it and warns
     return settings | {
-        "attention_head_dim": config.dim // config.num_heads, "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads",
-        "rope_max_seq_len": 1024, "image_dim": config.image_dim or None, "added_kv_proj_dim": config.dim if config.image_dim else None,
-        "pos_embed_seq_len": config.image_pos_len or None}
+        "attention_head_dim": config.dim // config.num_heads, "rope_max_seq_len": 1024,
+        "cross_attn_norm": True, "qk_norm": "rms_norm_across_heads", "pos_embed_seq_len": config.image_pos_len or None,
+        "image_dim": config.image_dim or None, "added_kv_proj_dim": config.dim if config.image_dim else None}
 
 
-def write_tensors(file, tensors, read, rename, metadata):
-    """A .safetensors file of tensors {our name: meta tensor}; read(name) gives the values, one tensor at a time, so that no more is held."""
+def write_tensors(file, tensors, read, names, metadata):
+    """
+    Write a .safetensors file of tensors {our name: meta tensor} under names {our name: name in the file}.
+    read(name) gives the values, one tensor at a time.
+    """
+    tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))    # so that each is aligned to its type
     header, end = {"__metadata__": metadata}, 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.nbytes
-        header[rename(name)] = {"dtype": SAFETENSORS_DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [begin, end]}
+        dtype = SAFETENSORS_DTYPES[tensor.dtype]
+        header[names[name]] = {"dtype": dtype, "shape": list(tensor.shape), "data_offsets": [begin, end]}
     header = json.dumps(header).encode()
     header += b" " * (-len(header) % 8)                                  # the numbers start at a multiple of 8
     with open(file, "wb") as out:
         out.write(struct.pack("<Q", len(header)) + header)
         for name, tensor in tensors.items():
-            out.write(read(name).detach().to("cpu", tensor.dtype).contiguous().flatten().view(torch.uint8).numpy())
+            value = read(name).detach().to("cpu", tensor.dtype)
+            out.write(value.contiguous().flatten().view(torch.uint8).numpy())
+
+
+def split_shards(tensors, max_bytes):
+    """Names of tensors {name: meta tensor} in lists, in order, each of at most max_bytes or of one tensor."""
+    shards, nbytes = [[]], 0
+    for name, tensor in tensors.items():
+        if shards[-1] and nbytes + tensor.nbytes > max_bytes:
+            shards.append([])
+            nbytes = 0
+        shards[-1].append(name)
+        nbytes += tensor.nbytes
+    return shards
 
 
 def save_wan(model, path, format="original", config=None, dtype=None, max_shard_bytes=10 * 2**30, read=None):
     """
-    Write the weights of `model`, a WanModel or a state dict with its `config`, as the public formats have them:
+    Write the weights of `model`, a WanModel or a state dict with its `config`, in a public format:
 
-        original, diffusers   folder `path` with config.json and one file, or shards of at most max_shard_bytes and their index
+        original, diffusers   folder `path`: config.json and one file, or shards of at most max_shard_bytes and an index
         comfyui               single file `path`
 
-    dtype None keeps each tensor's. read: a function of a name that fetches a tensor; with it `model` may be on the meta device, and larger than
-    memory. Weights that stand at `path` already are replaced, other files there are left alone. Everything is written under temporary names
-    before the first file is replaced.
+    dtype None keeps each tensor's. read: a function of a name that fetches a tensor; with it `model` may be on the meta
+    device, and larger than memory. Weights that are at `path` already are replaced, other files there stay. Everything
+    is written under temporary names before the first file is replaced.
     """
-    path, config, state = Path(path), config or model.config, model.state_dict() if isinstance(model, nn.Module) else model
-    renamed = {"original": lambda name: name, "comfyui": lambda name: COMFYUI_PREFIX + name, "diffusers": lambda name: rename(name, DIFFUSERS_NAMES)}
-    if format not in renamed or config.scores and format == "diffusers":
-        raise ValueError(f"format is {format!r}, expected one of {', '.join(renamed)} (diffusers has no preference model)")
-    if path.is_dir() if format == "comfyui" else path.is_file() or path.suffix == ".safetensors":
-        raise ValueError(f"{path}: {format} weights are a {'single file, and this is a folder' if format == 'comfyui' else 'folder, and this is a file'}")
-    check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, config, lambda name: f"{path} (nothing was written)")
+    path, config = Path(path), config or model.config
+    state = model.state_dict() if isinstance(model, nn.Module) else model
+    if format not in FORMATS or config.scores and format == "diffusers":
+        raise ValueError(f"format is {format!r}, expected one of {', '.join(FORMATS)} "
+                         "(diffusers has no preference model)")
+    if format == "comfyui" and path.is_dir():
+        raise ValueError(f"{path}: comfyui weights are a single file, and this is a folder")
+    if format != "comfyui" and (path.is_file() or path.suffix == ".safetensors"):
+        raise ValueError(f"{path}: {format} weights are a folder, and this is a file")
+    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    check_shapes(shapes, config, lambda name: f"{path} (nothing was written)")
 
-    tensors = {name: torch.empty(tensor.shape, dtype=dtype or tensor.dtype, device="meta") for name, tensor in state.items()}
-    shards = [[]]                                                        # of our names
-    for name in tensors:
-        if shards[-1] and sum(tensors[other].nbytes for other in (*shards[-1], name)) > max_shard_bytes and format != "comfyui":
-            shards.append([])
-        shards[-1].append(name)
-
-    texts, header = {}, {"format": "pt"}
+    tensors = {name: state[name].detach().to("meta", dtype or state[name].dtype) for name in expected_shapes(config)}
+    names = {name: public_name(name, format) for name in tensors}
+    header, jsons, old = {"format": "pt"}, {}, []
     if format == "comfyui":
-        files, old = [path], []
         header["wan_config"] = json.dumps(asdict(config))
+        shards, files = [list(tensors)], [path]
     else:
-        files, old = [path / f"{WEIGHTS}.safetensors"], list(path.glob(f"{WEIGHTS}*"))
-        texts[path / "config.json"] = public_config(config, format)
+        shards, files = split_shards(tensors, max_shard_bytes), [path / f"{WEIGHTS}.safetensors"]
+        jsons[path / "config.json"] = public_config(config, format)
+        old = list(path.glob(f"{WEIGHTS}*"))
     if len(shards) > 1:
         files = [path / f"{WEIGHTS}-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
-        weight_map = {renamed[format](name): file.name for file, shard in zip(files, shards) for name in shard}
-        texts[path / f"{WEIGHTS}.safetensors.index.json"] = {"metadata": {"total_size": sum(tensor.nbytes for tensor in tensors.values())}, "weight_map": weight_map}
+        weight_map = {names[name]: file.name for file, shard in zip(files, shards) for name in shard}
+        sizes = {"total_size": sum(tensor.nbytes for tensor in tensors.values())}
+        jsons[path / f"{WEIGHTS}.safetensors.index.json"] = {"metadata": sizes, "weight_map": weight_map}
 
     files[0].parent.mkdir(parents=True, exist_ok=True)
-    temporary = {file: file.with_name(file.name + ".tmp") for file in (*files, *texts)}
+    temporary = {file: file.with_name(file.name + ".tmp") for file in (*files, *jsons)}
     for file, shard in zip(files, shards):
-        aligned = sorted(shard, key=lambda name: -tensors[name].itemsize)
-        write_tensors(temporary[file], {name: tensors[name] for name in aligned}, read or state.get, renamed[format], header)
-    for file, text in texts.items():
-        temporary[file].write_text(json.dumps(text, indent=2))
-    for file in set(old) - set(temporary.values()):                      # shards of another number, what a killed run left
+        write_tensors(temporary[file], {name: tensors[name] for name in shard}, read or state.get, names, header)
+    for file, content in jsons.items():
+        temporary[file].write_text(json.dumps(content, indent=2), encoding="utf-8")
+    for file in set(old) - set(temporary.values()):                      # shards of another number, or a killed run's
         file.unlink()
     for file in temporary:
         os.replace(temporary[file], file)
 
+
 # ------------------------------------------------------------------------------------------------------------------
-# which variant or expert
-
-HERE = Path(__file__).resolve().parent
-BOUNDARIES = {"wan2.2-t2v-a14b": 875.0, "wan2.2-i2v-a14b": 900.0}    # the high-noise expert samples from this timestep up
-EXPERTS = (("high_noise_model", "low_noise_model"), ("transformer", "transformer_2"))    # high, low: original, diffusers
-
+# which model, and which expert
 
 def locate_weights(path, flag="--init"):
-    """The path as it is given, or else inside this repository (toy_base, from any folder), as text. ValueError if neither exists."""
+    """The path as given, or inside this repository (toy_base, from any folder), as text. ValueError if there is none."""
     for candidate in (Path(path), HERE / path):
         if candidate.exists():
             return str(candidate)
-    raise ValueError(f"{flag} {path}: no such file or folder; give a Wan checkpoint, as a folder or a .safetensors file")
+    raise ValueError(f"{flag} {path}: no such file or folder; give a Wan checkpoint, a folder or a .safetensors file")
 
 
 def expert_of(path):
     """Which expert a folder or file is by its name: "high", "low", or "" where the name does not say."""
     path = Path(path).absolute()
-    of_diffusers = (path.parent / "transformer_2").is_dir()
-    if "high_noise" in path.name or path.name == "transformer" and of_diffusers:
+    has_twin = (path.parent / "transformer_2").is_dir()
+    if "high_noise" in path.name or path.name == "transformer" and has_twin:
         return "high"
-    if "low_noise" in path.name or path.name == "transformer_2":
-        return "low"
-    return ""
+    return "low" if "low_noise" in path.name or path.name == "transformer_2" else ""
 
 
 def find_model(path, name="auto"):
     """
-    Tell which model the weights at `path` are, from names and shapes. "scratch": preset `name` (auto: tiny), to be drawn.
+    Tell which model the weights at `path` are, without reading them. "scratch": preset `name` (auto: tiny).
 
-    Returns config, preset name, expert. A model without a preset has a description for a name. expert is "high" or "low" for
-    one of the two experts of an A14B model, and "" for other models and where the path does not say. An expert of T2V-A14B has
-    the tensors of Wan2.1-T2V-14B, so there the path decides. ValueError, naming --model and --init, where the files are
-    damaged, do not fit together, or are not those of preset `name`.
+    Returns config, preset name, expert. A model without a preset has a description for a name. expert is "high" or
+    "low" for one of the two experts of an A14B model, and "" for other models and where the path does not say. An
+    expert of T2V-A14B has the tensors of Wan2.1-T2V-14B, so there the path decides. ValueError, naming --model and
+    --init, where the files are damaged, do not fit together, or are not those of preset `name`.
     """
     if path == "scratch":
         name = "tiny" if name == "auto" else name
@@ -310,138 +391,122 @@ def find_model(path, name="auto"):
     expert = expert_of(path)
     presets = [preset for preset, preset_config in CONFIGS.items() if preset_config == config]
     if expert:
-        presets.sort(key=lambda preset: preset not in BOUNDARIES)                # stable: models of two experts come first
+        presets.sort(key=lambda preset: preset not in BOUNDARIES)        # stable: models of two experts come first
     preset = presets[0] if presets else f"{config.model_type} of width {config.dim}, {config.num_layers} blocks"
     if name not in ("auto", preset):
         if expert and preset in BOUNDARIES:
-            raise ValueError(f"{flags}: by its name this is an expert of {preset}; leave out --model, or rename the folder")
+            raise ValueError(f"{flags}: by its name this is an expert of {preset}; leave out --model, or rename it")
         preset = name
     return config, preset, expert if preset in BOUNDARIES else ""
 
 
 def check_timesteps(preset, expert, min_timestep, max_timestep, path):
     """
-    An expert of A14B is trained at the timesteps (after the shift) at which it samples, and no others: the high-noise expert at
-    the boundary and above, the low-noise expert below. Where `expert` is "", either side will do, but not both. ValueError
-    names the flags. Models without experts may be trained anywhere.
+    ValueError unless the expert at path is trained at the timesteps (after the shift) at which it samples: "high" from
+    the boundary up, "low" below it, "" on either side, but not both. Models without experts are trained anywhere.
     """
     if preset not in BOUNDARIES:
         return
-    boundary = BOUNDARIES[preset]
-    ranges = {"high": [(boundary, 1000)], "low": [(0, boundary)], "": [(boundary, 1000), (0, boundary)]}[expert]
+    above, below = (BOUNDARIES[preset], 1000), (0, BOUNDARIES[preset])
+    ranges = {"high": [above], "low": [below], "": [above, below]}[expert]
     if not any(first <= min_timestep and max_timestep <= last for first, last in ranges):
         expected = " or ".join(f"{first:g} to {last:g}" for first, last in ranges)
-        raise ValueError(f"--min_timestep {min_timestep:g} --max_timestep {max_timestep:g}: --init {path} is one of the two experts of "
-                         f"{preset} and samples only at timesteps {expected}, after the shift; train it there")
+        raise ValueError(f"--min_timestep {min_timestep:g} --max_timestep {max_timestep:g}: --init {path} is one of "
+                         f"the two experts of {preset} and samples only at timesteps {expected}, after the shift; "
+                         "train it there")
 
 
 def refuse_lone_expert(preset, path, flag="--init"):
-    """ValueError if weights of this preset (see find_model) are one expert of two: what samples, or rolls out, needs both."""
+    """ValueError if a model of this preset (see find_model) is one expert of two: sampling and roll-outs need both."""
     if preset in BOUNDARIES:
-        raise ValueError(f"{flag}: one expert of {preset} cannot sample alone, and {path} is one; run sample.py on a folder that "
-                         "holds both, as high_noise_model/ and low_noise_model/")
+        raise ValueError(f"{flag}: one expert of {preset} cannot sample alone, and {path} is one; "
+                         "run sample.py on a folder that holds both, as high_noise_model/ and low_noise_model/")
 
 
 def find_experts(path):
-    """
-    Weights to sample with, from --init: (model, None), or (high-noise expert, low-noise expert) of a folder that holds both.
-    ValueError for one expert alone.
-    """
+    """What --init samples with: (model, None), or (high-noise, low-noise expert). ValueError for one expert alone."""
     path = Path(path)
+    name, parent = path.absolute().name, path.absolute().parent
     for high, low in EXPERTS:
-        whole = path.absolute()
-        if whole.name in (high, low) and (whole.parent / low).is_dir():
-            raise ValueError(f"--init {path}: one of two experts, which sample together; give {whole.parent}")
+        if name in (high, low) and (parent / low).is_dir():
+            raise ValueError(f"--init {path}: one of two experts, which sample together; give {parent}")
         if (path / low).is_dir():
             return path / high, path / low
-    refuse_lone_expert(find_model(path)[1], path)
+    _, preset, _ = find_model(path)
+    refuse_lone_expert(preset, path)
     return path, None
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# a step folder
+# conversion
 
-class Index(pickle.Unpickler):
-    """The index of a checkpoint, which torch writes as a pickle: it may be made of these classes, and nothing in it is called but they."""
-    ALLOWED = {"torch.distributed.checkpoint.metadata": {"Metadata", "StorageMeta", "MetadataIndex", "ChunkStorageMetadata", "TensorStorageMetadata", "BytesStorageMetadata",
-                                                         "TensorProperties", "_MEM_FORMAT_ENCODING"},
-               "torch.distributed.checkpoint.filesystem": {"_StorageInfo"}, "torch.serialization": {"_get_layout"}, "torch": {"Size", "float32", "float64", "bfloat16"},
-               "pathlib": {"PosixPath"}, "pathlib._local": {"PosixPath"}, "collections": {"OrderedDict"}}
-
-    def find_class(self, module, name):
-        if name not in self.ALLOWED.get(module, ()):
-            raise pickle.UnpicklingError(f"it asks for {module}.{name}, which no index of a checkpoint needs")
-        return super().find_class(module, name)
-
-
-class Reader(dcp.FileSystemReader):
-    """Reads a checkpoint that may come from anyone: the index as above, and no file outside the folder. It is read once."""
-    def __init__(self, folder):
-        super().__init__(folder)
-        try:
-            with open(Path(folder) / ".metadata", "rb") as file:
-                self.index = Index(file).load()
-            files = {info.relative_path for info in self.index.storage_data.values()}
-        except Exception as error:                         # a hostile or damaged pickle can end in any of them
-            raise ValueError(f"{folder}/.metadata is no index of a checkpoint ({error}); name another step folder") from error
-        if strange := [file for file in files if Path(file).name != file]:
-            raise ValueError(f"{folder}/.metadata names {strange[0]!r}; a checkpoint has its files in its own folder")
-
-    def read_metadata(self, *args, **kwargs):
-        return self.index
+def stored_config(folder):
+    """The WanConfig of the model in a step folder. ValueError if the folder is not whole, or from another version."""
+    file = Path(folder) / "meta.json"
+    if not file.exists():
+        raise ValueError(f"{folder} holds no whole checkpoint (meta.json is missing); name another step folder")
+    settings = read_json(file).get("config", {})
+    try:
+        return WanConfig(**settings | {"patch_size": tuple(settings["patch_size"])})
+    except (TypeError, KeyError) as error:
+        raise ValueError(f"{file}: its config is not that of a model here ({error}); "
+                         "export it with the version of this code that trained it") from error
 
 
-class Planner(DefaultLoadPlanner):
-    """Numbers beside the tensors (AdamW's flags) are pickles that torch would read with weights_only=False: only what passes with True gets there."""
-    def load_bytes(self, read_item, value):
-        torch.load(value, weights_only=True)
-        value.seek(0)
-        super().load_bytes(read_item, value)
+def open_source(source, which="auto"):
+    """config, {our name: meta tensor}, read(name) of a step folder (which: see stored_weights) or public checkpoint."""
+    if (source / "log.jsonl").exists():
+        raise ValueError(f"{source} is a run's folder; name one of its step folders, or {source / 'export'}")
+    if (source / "meta.json").exists() or (source / ".metadata").exists():
+        return stored_config(source), *stored_weights(source, which)
+    if which != "auto":
+        raise ValueError(f"--weights {which}: {source} is not a step folder and has one set of weights; leave it out")
+    config, slices = open_wan(source)
+    dtypes = {name: TORCH_DTYPES[tensor.get_dtype()] for name, tensor in slices.items()}
+    tensors = {name: torch.empty(slices[name].get_shape(), dtype=dtypes[name], device="meta") for name in slices}
+    return config, tensors, lambda name: slices[name][:]
 
 
-def stored_weights(folder, which="auto"):
-    """
-    Open the weights in a step folder, written on any number of ranks, in one process without a process group.
-
-    which: "policy", "ema" (the average; ValueError where the run kept none), or "auto", the average where there is one.
-    Returns {name: meta tensor}, read(name) -> the whole tensor, assembled from the shards when it is asked for.
-    """
-    reader = Reader(folder)
-    entries = reader.index.state_dict_metadata
-    has_average = any(name.startswith("ema.") for name in entries)
-    if which == "ema" and not has_average:
-        raise ValueError(f"{folder}: the run kept no average (--ema_decay 0); export its policy")
-    part = "ema." if has_average and which != "policy" else "model."
-    stored = {name.removeprefix(part): tensor for name, tensor in entries.items() if name.startswith(part)}
-
-    def read(name):
-        state = {part + name: torch.empty(stored[name].size, dtype=stored[name].properties.dtype)}
-        dcp.load(state, storage_reader=reader, planner=Planner(), no_dist=True)
-        return state[part + name]
-
-    return {name: torch.empty(tensor.size, dtype=tensor.properties.dtype, device="meta") for name, tensor in stored.items()}, read
-
-
-def find_checkpoint(out, resume, flag="--resume"):
-    """
-    The folder that --resume (or another flag) names: `latest` (of the run's folder out) or a step folder. ValueError if there is none says where it looked.
-    """
-    if resume == "latest":
-        pointer = Path(out) / "latest"
-        if not pointer.exists():
-            raise ValueError(f"--resume latest: {pointer} does not exist; {out} has no checkpoint. Leave out --resume to start anew, or name a step folder")
-        folder = Path(out) / pointer.read_text().strip()
-    else:
-        folder = Path(resume)
-    if not (folder / "meta.json").exists():
-        raise ValueError(f"{flag} {resume}: {folder} holds no whole checkpoint (meta.json is missing); name a folder like {out}/step_000500")
-    return folder
-
-
-def export_weights(checkpoint, path, format="original", dtype=torch.float32, which="auto"):
-    """Write the weights in a step folder (which: see stored_weights) as public weights at `path`, one tensor at a time."""
-    config = json.loads((checkpoint / "meta.json").read_text())["config"]
-    config = WanConfig(**config | {"patch_size": tuple(config["patch_size"])})
-    weights, read = stored_weights(checkpoint, which)
-    save_wan(weights, path, format, config, dtype, read=read)
+def export_weights(source, path, format="original", dtype=torch.float32, which="auto"):
+    """Write the weights in a step folder or a public checkpoint as public weights at `path`, one tensor at a time."""
+    config, tensors, read = open_source(Path(source), which)
+    save_wan(tensors, path, format, config, dtype, read=read)
     print(f"weights in {path}")
+
+
+def check_out(source, out, format):
+    """ValueError if writing to out would overwrite anything, or add files to the source or to a run's own folder."""
+    if format == "comfyui" and out.suffix != ".safetensors":
+        raise ValueError(f"--out {out}: comfyui weights are a single file; give it a name that ends in .safetensors")
+    if out.is_file() or out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"--out {out} exists, and nothing is overwritten; name a new file or folder")
+    for folder in out.resolve().parents:
+        if folder == source.resolve():
+            raise ValueError(f"--out {out} is inside the source, {source}; name a file or folder outside of it")
+        if (folder / "log.jsonl").exists() and (folder / "config.json").exists():
+            raise ValueError(f"--out {out} is inside {folder}, a run's own folder; name a file or folder outside of it")
+
+
+def parse_args(argv):
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                allow_abbrev=False)
+    p.add_argument("source", metavar="SOURCE", help="a step folder of a run, an export, or any public checkpoint")
+    p.add_argument("--out", required=True, help="a new folder, or for comfyui a new .safetensors file")
+    p.add_argument("--format", default="original", choices=FORMATS, help="names and files that are written")
+    p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="number type of every tensor")
+    p.add_argument("--weights", default="auto", choices=["auto", "ema", "policy"],
+                   help="which weights of a step folder: the average (ema) or the policy; auto: the average, if kept")
+    return p.parse_args(argv)
+
+
+def main(args):
+    source, out = Path(locate_weights(args.source, "SOURCE")), Path(args.out)
+    check_out(source, out, args.format)
+    export_weights(source, out, args.format, getattr(torch, args.dtype), args.weights)
+
+
+if __name__ == "__main__":
+    try:
+        main(parse_args(sys.argv[1:]))
+    except ValueError as error:
+        sys.exit(f"weights.py: {error}")

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save
 
 import encode
-import weights
+import step_folder
 from data import open_data, read_header, read_sample, write_sample
 from run_folder import open_errors
 from conftest import ROOT
@@ -258,8 +258,8 @@ def test_any_name_of_a_video_becomes_a_safe_one_and_no_two_the_same(name, change
 )
 def test_any_index_of_a_checkpoint_is_read_or_refused(house, content):
     (house / ".metadata").write_bytes(content)
-    with pytest.raises(ValueError, match="is no index of a checkpoint"):
-        weights.Reader(house)
+    with pytest.raises(ValueError, match="is not the index of a checkpoint"):
+        step_folder.Reader(house)
 
 
 # ------------------------------------------------------------------------------------------------------------------

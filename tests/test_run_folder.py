@@ -26,12 +26,12 @@ from torch.distributed.fsdp import fully_shard
 import data
 import run_folder
 import train
-import weights
+import step_folder
 import train_spo
 from data import open_data, order, read_sample
 from fsdp_utils import start_ranks
-from run_folder import append_row, check_folder, load_checkpoint, save_checkpoint
-from weights import find_checkpoint, stored_weights
+from run_folder import append_row, check_folder, find_checkpoint, load_checkpoint, save_checkpoint
+from step_folder import stored_weights
 from conftest import FORKS, ROOT, argv, die_at, finish, in_rank, on_ranks, start, train_main
 
 TIMES = ("memory_gib", "tokens_per_second")                                    # and seconds*: what may differ between two runs of the same steps
@@ -44,9 +44,9 @@ def rows(out):
 
 def everything(folder):
     """All that a checkpoint holds: {name: tensor or number}."""
-    reader = weights.Reader(folder)
+    reader = step_folder.Reader(folder)
     state = {name: None if isinstance(entry, BytesStorageMetadata) else torch.empty(entry.size) for name, entry in reader.index.state_dict_metadata.items()}
-    dcp.load(state, storage_reader=reader, planner=weights.Planner(flatten_state_dict=False), no_dist=True)
+    dcp.load(state, storage_reader=reader, planner=step_folder.Planner(flatten_state_dict=False), no_dist=True)
     return state
 
 
@@ -483,7 +483,7 @@ def resume_from(folder):
 
 def test_an_index_that_calls_anything_is_refused_before_it_is_called(stranger):
     folder, owned = stranger
-    for content, words in ((pickle.dumps(Evil(owned)), "posix.mkdir"), (pickle.dumps({"a": eval}), "builtins.eval"), (b"", "Ran out of input"), (b"\x80\x04K\x01.", "no index"),
+    for content, words in ((pickle.dumps(Evil(owned)), "posix.mkdir"), (pickle.dumps({"a": eval}), "builtins.eval"), (b"", "Ran out of input"), (b"\x80\x04K\x01.", "not the index"),
                            (b"\x80\x04\x8c\x25torch.distributed.checkpoint.metadata\x8c\x11Metadata.__init__\x93.", "Metadata.__init__")):
         (folder / ".metadata").write_bytes(content)
         for use in (resume_from, lambda folder: refusal(stored_weights, folder)):
@@ -499,7 +499,7 @@ def refusal(call, *arguments):
 
 
 def test_an_index_that_names_files_elsewhere_is_refused(stranger):
-    index = weights.Reader(stranger[0]).index
+    index = step_folder.Reader(stranger[0]).index
     for info in index.storage_data.values():
         info.relative_path = "../../secret"
     (stranger[0] / ".metadata").write_bytes(pickle.dumps(index))
@@ -510,7 +510,7 @@ def test_a_pickle_among_the_numbers_of_a_checkpoint_is_not_called(stranger, tmp_
     folder, owned = stranger
     dcp.save({"optimizer": {"betas": Evil(owned)}}, checkpoint_id=tmp_path / "evil", no_dist=True)
     with pytest.raises(BaseException, match="mkdir"):
-        dcp.load({"optimizer": {"betas": None}}, storage_reader=weights.Reader(tmp_path / "evil"), planner=weights.Planner(), no_dist=True)
+        dcp.load({"optimizer": {"betas": None}}, storage_reader=step_folder.Reader(tmp_path / "evil"), planner=step_folder.Planner(), no_dist=True)
     assert not owned.exists()
 
 

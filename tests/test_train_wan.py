@@ -1,5 +1,4 @@
-"""What train.py needs for the public models beside the embedded world: variants, conditions, experts, loading sharded, exports. Small models of every type."""
-import shutil
+"""What train.py needs for public models, on small models of every type: conditions, experts, loading in shards."""
 from pathlib import Path
 
 import pytest
@@ -9,7 +8,6 @@ from safetensors.torch import load_file, save_file
 import losses
 import model as model_file
 import train
-import weights
 from benchmarks import load_memory
 from data import draw, open_data, write_sample
 from make_golden import CASES
@@ -206,43 +204,3 @@ def test_no_rank_holds_more_than_its_share_of_a_checkpoint_while_loading(tmp_pat
         for part, (anonymous, _, held) in rank.items():
             assert anonymous < nbytes / 4 + 20 * 2**20 < nbytes / 2, (part, anonymous, held, nbytes)
             assert held > nbytes / 8, "the share does not show: what else was freed meanwhile?"
-
-
-# ---------------------------------------------------------------------------------------------------------------------------------
-# exports
-
-@pytest.fixture(scope="session")
-def trained(worlds, tmp_path_factory):
-    """A short run on two ranks whose average differs from its policy. The folder of the run."""
-    out = tmp_path_factory.mktemp("trained") / "out"
-    run(worlds["i2v"], out, "--steps", "2", "--batch_size", "4", "--ema_decay", "0.9", ranks=2)
-    return out
-
-
-def export(trained, out, format="original", dtype=torch.float32, which="auto"):
-    weights.export_weights(trained / "step_000002", out, format, dtype, which)
-    return load_wan(out).state_dict()
-
-
-def test_a_checkpoint_of_two_ranks_exports_alone_in_every_format_and_type(trained, tmp_path):
-    end = load_wan(trained / "export").state_dict()                           # what the run itself wrote when it ended
-    for format in ("original", "diffusers", "comfyui"):
-        path = tmp_path / (format + ".safetensors" * (format == "comfyui"))
-        state = export(trained, path, format)
-        assert list(state) == list(end) and all(torch.equal(state[name], end[name]) for name in end), format
-    state = export(trained, tmp_path / "half.safetensors", "comfyui", torch.bfloat16)
-    assert all(torch.equal(state[name], end[name].bfloat16().float()) for name in end)
-    assert {tensor.dtype for tensor in load_file(tmp_path / "half.safetensors").values()} == {torch.bfloat16}
-    policy = export(trained, tmp_path / "policy", which="policy")
-    assert any(not torch.equal(policy[name], end[name]) for name in end)
-
-
-def test_diffusers_runs_our_export_of_a_trained_model(trained, tmp_path):
-    diffusers = pytest.importorskip("diffusers", reason="diffusers is not installed (requirements-video.txt)")
-    export(trained, tmp_path / "transformer", "diffusers")
-    twin, ours = diffusers.WanTransformer3DModel.from_pretrained(tmp_path / "transformer"), load_wan(trained / "export")
-    x, y, context, image = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in ((1, 4, 3, 4, 6), (1, 5, 3, 4, 6), (1, 512, 20), (1, 257, 40)))
-    with torch.no_grad():
-        theirs = twin(torch.cat([x, y], 1), torch.tensor([700.0]), context, encoder_hidden_states_image=image, return_dict=False)[0]
-        mine = ours(x, torch.tensor([700.0]), context, y=y, clip_features=image)
-    assert (mine - theirs).norm() <= 2e-5 * theirs.norm()
