@@ -137,12 +137,16 @@ class HeldOut:
         self.marks = {}
         self.rows = {"real": self.real[:8]}                                   # what a picture shows of each caption
 
-    def sample(self, model, ranks):
-        return sample_held_out(model, self.sampler, self.captions, ranks)
-
-    def judge(self, title, latents, keep=False):
+    def judge(self, title, model, ranks, keep=False):
         """
-        Rank 0 marks these latents (N, *SHAPE) under `title` and prints the marks. Returns the clips.
+        Mark clips that the model makes of the captions, always with the same seeds. All ranks call it. Returns them.
+        """
+        latents = sample_held_out(model, self.sampler, self.captions, ranks)
+        return self.mark(title, latents, keep)
+
+    def mark(self, title, latents, keep=False):
+        """
+        Rank 0 marks latents (N, *SHAPE) of the captions under `title` and prints the marks. Returns the clips.
         keep: all later pictures show them.
         """
         videos = toy.decode_pixels(latents).clamp(-1, 1)
@@ -155,18 +159,20 @@ class HeldOut:
             self.rows[title] = videos[:8]
         return videos
 
-    def picture(self, path, **now):
-        """Write path.png: of eight captions the real clip, those kept, and now {title: clips}."""
-        rows = [*self.rows.values(), *now.values()]
-        clips = [clips[i] for i in range(8) for clips in rows]
-        write_whole(path.with_suffix(".png"), contact_sheet(clips, upscale=3, group=len(rows)))
+    def picture(self, path, now):
+        """Rank 0 writes path.png: of eight captions the real clip, those kept, and now {title: clips}."""
+        if dist.get_rank() == 0:
+            rows = [*self.rows.values(), *now.values()]
+            clips = [clips[i] for i in range(8) for clips in rows]
+            write_whole(path.with_suffix(".png"), contact_sheet(clips, upscale=3, group=len(rows)))
 
-    def close(self, folder, **now):
-        """Write marks.json and the last picture, and print the table. Called by rank 0 at the end of a run."""
-        write_whole(folder / "marks.json", json.dumps(self.marks, indent=1).encode())
-        self.picture(folder / "after", **now)
-        toy.print_table(self.marks | {"real clips": toy.score(self.real, self.captions, self.yardstick)})
-        print(f"picture (per held-out caption: {', '.join([*self.rows, *now])}) in {folder / 'after.png'}")
+    def close(self, folder, now):
+        """Rank 0 writes marks.json and the last picture, and prints the table."""
+        self.picture(folder / "after", now)
+        if dist.get_rank() == 0:
+            write_whole(folder / "marks.json", json.dumps(self.marks, indent=1).encode())
+            toy.print_table(self.marks | {"real clips": toy.score(self.real, self.captions, self.yardstick)})
+            print(f"picture (per held-out caption: {', '.join([*self.rows, *now])}) in {folder / 'after.png'}")
 
 
 class Preview:
@@ -183,34 +189,35 @@ class Preview:
         self.items = [item for item in items if item["win"].shape == items[0]["win"].shape][:count]
         self.columns = {"real": torch.stack([item["win"] for item in self.items])}
 
-    def sample(self, model, ranks):
-        """Latents (N, C, F, H, W) on the CPU of every rank; each rank makes its share, one at a time."""
+    def judge(self, title, model, ranks, keep=False):
+        """
+        Latents (N, C, F, H, W) that the model makes, on the CPU of every rank; each rank makes its share, one at a
+        time. keep: all later previews show them.
+        """
         def make(indices):
             item = self.items[indices[0]]
             conditions = {name: value[None] for name, value in item.items() if name not in NOT_CONDITIONS}
             seed = seed_of("preview", indices[0])
             shape = tuple(item["win"].shape)
             return generate(model, [item["context"]], [seed], shape, self.sampler, device=ranks.device, **conditions)
-        return spread(make, len(self.items), ranks, chunk=1)
-
-    def judge(self, title, latents, keep=False):
-        """keep: all later previews show these latents. Returns them."""
+        latents = spread(make, len(self.items), ranks, chunk=1)
         if keep:
             self.columns[title] = latents
         return latents
 
-    def picture(self, folder, **now):
-        """Write folder/000.safetensors and so on: the real latents, those kept, and now {title: latents}."""
+    def picture(self, folder, now):
+        """Rank 0 writes folder/000.safetensors and so on: the real latents, those kept, and now {title: latents}."""
         columns = self.columns | now
-        for i, item in enumerate(self.items):
+        for i, item in enumerate(self.items if dist.get_rank() == 0 else ()):
             latents = torch.cat([latents[i] for latents in columns.values()], dim=-1)
             metadata = item.get("metadata", {}) | {"source": " | ".join(columns)}
             write_sample(folder / f"{i:03d}.safetensors", latents, item["context"], metadata)
 
-    def close(self, folder, **now):
-        self.picture(folder / "after", **now)
-        print(f"previews ({' | '.join([*self.columns, *now])}) in {folder}: python encode.py --decode "
-              f"{folder / 'after'} --out look (Wan: with --weights DIR)")
+    def close(self, folder, now):
+        self.picture(folder / "after", now)
+        if dist.get_rank() == 0:
+            print(f"previews ({' | '.join([*self.columns, *now])}) in {folder}: python encode.py --decode "
+                  f"{folder / 'after'} --out look (Wan: with --weights DIR)")
 
 
 NOT_CONDITIONS = ("win", "lose", "context", "name", "source", "metadata")

@@ -74,6 +74,14 @@ def start_ranks(pair=False, cp_size=1, replicate=1):
                            pair_group=grid["pair"].get_group(), branch=grid.get_local_rank("pair"), cp_group=grid["cp"].get_group(), cp_size=cp_size)
 
 
+def positions_of(args, ranks, step):
+    """This rank's positions of a step: a range for each accumulation step."""
+    size = args.batch_size // (ranks.data_ranks * args.grad_accum)
+    first = step * args.batch_size + ranks.data_rank * size
+    begins = [first + micro * ranks.data_ranks * size for micro in range(args.grad_accum)]
+    return [range(begin, begin + size) for begin in begins]
+
+
 def total(numbers, device):
     """Sum a list of floats over all ranks, in float64. Returns a list."""
     tensor = torch.tensor(numbers, dtype=torch.float64, device=device)

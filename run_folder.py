@@ -58,6 +58,7 @@ def check_common_flags(args, ranks):
         ("max_grad_norm", args.max_grad_norm > 0, "above 0 ('inf' switches clipping off)"),
         ("learning_rate", args.learning_rate > 0, "above 0"),
         ("ema_decay", 0 <= args.ema_decay < 1, "0 or more, below 1"),
+        ("caption_dropout", 0 <= getattr(args, "caption_dropout", 0) <= 1, "a share, 0 to 1"),
         ("eval_clips", not 0 < args.eval_clips < 64, "0, or at least 64 (a Frechet distance of fewer says nothing)"),
     ]
     for name, is_fine, expected in ranges:
@@ -110,6 +111,37 @@ def check_folder(out, resume):
     if elsewhere and not is_restart and log.exists():
         raise ValueError(f"--resume {resume} is not in --out {out}, which holds another run; choose another --out")
     return str(find_checkpoint(out, resume)) if resume else ""
+
+
+def run_settings(args, may_change, **contents):
+    """
+    {name: value} of all that decides a run's numbers and must not change on resume: every flag but those in may_change,
+    and fingerprints of what --init, --data and the like hold.
+    """
+    flags = {name: value for name, value in vars(args).items() if name not in may_change and name != "defaults"}
+    return flags | contents
+
+
+def describe_run(args, dataset, tokens, start, ranks, model, memory):
+    """What will happen, as lines of text. model, memory: the lines about them; tokens: of a video."""
+    item = dataset[0]
+    unit = "pairs" if "lose" in item else "samples"
+    data = (f"{len(dataset):,} {unit} in {'the embedded world' if args.data == 'toy' else args.data}, latents "
+            f"{tuple(item['win'].shape)} = {tokens:,} tokens, context {tuple(item['context'].shape)}")
+    unpaired = getattr(dataset, "unpaired", ())
+    if unpaired:
+        data += f"; {len(unpaired)} real samples have no negative and are left out"
+    share = args.batch_size // (ranks.data_ranks * args.grad_accum)
+    step = (
+        f"a step: {args.batch_size} {unit} = {ranks.data_ranks} data ranks x {args.grad_accum} accumulation x {share}"
+    )
+    sharing = ranks.world // ranks.data_ranks
+    if sharing > 1:
+        branches = "one branch each" if args.backward == "pair" else "both branches"
+        step += f" (one data rank: {sharing} ranks, {branches}, tokens over {args.cp_size})"
+    epochs = (args.steps - start) * args.batch_size / len(dataset)
+    return [f"{model}; {ranks.world} ranks on {ranks.device.type}, torch {torch.__version__}", memory, data,
+            f"{step}; steps {start} to {args.steps} = {epochs:.1f} epochs; log in {args.out / 'log.jsonl'}"]
 
 
 def begin_log(args, start, **facts):
@@ -218,6 +250,23 @@ def report_skipped(step, skipped, samples, limit=10):
                            "whole; look at these files, or start a new run with a lower --learning_rate or --beta")
     if dist.get_rank() == 0:
         print(f"step {step:>5}  skipped: {text}", flush=True)
+
+
+def check_first_margin(margin, beta, half):
+    """
+    Check the mean absolute margin of the first step, where policy and reference are the same weights: it is 0 but for
+    rounding, and the preference loss is log 2. beta: what multiplies errors in this margin.
+
+    In float32 more than 1e-6 * beta raises RuntimeError. half: matrices run in bf16, where kernels of the two may round
+    differently; more than 0.02 prints a warning, more than 0.1 raises, whatever beta.
+    """
+    text = (f"policy and reference are the same weights at step 0, but their margins differ by {margin:.2g} on "
+            "average: they do not take the same numerical path, so every later margin would be wrong by as much (and "
+            "the preference loss is not log 2)")
+    if margin > (0.1 if half else 1e-6 * beta):
+        raise RuntimeError(text)
+    if half and margin > 0.02 and dist.get_rank() == 0:
+        print(f"WARNING: {text}. Up to 0.1 this is noise of bf16 kernels", flush=True)
 
 
 # ------------------------------------------------------------------------------------------------------------------

@@ -3,8 +3,7 @@ Preference post-training of Wan video models, offline objectives: one file, one 
 
     python train.py                                           # Reg-DPO on GT-Pairs in the embedded world, on a laptop
     torchrun --nproc_per_node=8 train.py --loss regdpo        # the same on 8 ranks, the same curve
-    torchrun --nproc_per_node=8 train.py --loss regdpo --init Wan2.1-T2V-1.3B --data DIR --beta 1000 --learning_rate
-    1e-6
+    torchrun --nproc_per_node=8 train.py --init Wan2.1-T2V-1.3B --data DIR --beta 1000 --learning_rate 1e-6
 """
 import argparse
 import gc
@@ -24,12 +23,14 @@ import losses
 from curves import Watch
 from data import collate, draw, order, randomness, weights_digest
 from evaluate import audit_report, hold_back, is_toy_data, mark_scores, open_dataset, open_held_out, open_probe
-from fsdp_utils import build_model, clip_gradients, ema_update, exchange_branches, start_ranks
+from fsdp_utils import build_model, clip_gradients, ema_update, exchange_branches, matrix_dtype, positions_of
+from fsdp_utils import start_ranks
 from losses import add_noise, flow_error, importance_weight, next_sigma, safeguard_coefficient, velocity_target
 from memory import check_memory_flags, memory_gib, memory_plan
 from model import CONFIGS, hold_first_frame
-from run_folder import Signals, add_up, begin_log, check_common_flags, check_folder, diagnostics
-from run_folder import load_checkpoint, log_row, open_errors, read_items, report_skipped, score_reference, summarise
+from run_folder import Signals, add_up, begin_log, check_common_flags, check_first_margin, check_folder, describe_run
+from run_folder import diagnostics, load_checkpoint, log_row, open_errors, read_items, report_skipped, run_settings
+from run_folder import score_reference, summarise
 from weights import check_timesteps, export_weights, find_model, locate_weights, refuse_lone_expert
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -44,20 +45,14 @@ class Flag(NamedTuple):
     type: Callable = float
 
 
-@dataclass
-class Pair:
+class Pair(NamedTuple):
     """What an objective may read of a micro-batch: (B,) each. Of a preference model the errors are scores."""
     err_win: torch.Tensor
     err_lose: torch.Tensor
     ref_err_win: torch.Tensor
     ref_err_lose: torch.Tensor
     sigma: torch.Tensor
-    # v_pred and v_target of win and lose, (B, C, F, H, W) each, where needs_outputs asks for them
-    outputs: tuple = ()
-
-    @property
-    def errors(self):
-        return self.err_win, self.err_lose, self.ref_err_win, self.ref_err_lose
+    outputs: tuple = ()       # needs_outputs: v_pred and v_target of the win, then of the lose, (B, C, F, H, W) each
 
 
 @dataclass(frozen=True)
@@ -88,75 +83,56 @@ def importance_weights(args, pair):
 
 def regdpo(args, pair):
     r = None if args.r == "dgr" else args.r
-    return losses.regdpo_loss(*pair.errors, args.beta, r, args.r_scale, args.r_min)
+    return losses.regdpo_loss(*pair[:4], args.beta, r, args.r_scale, args.r_min)
 
 
 def dpo_cm(args, pair):
-    return losses.dpo_cm_loss(*pair.errors, args.beta, *importance_weights(args, pair), args.threshold, args.clip)
-
-
-def sdpo(args, pair):
-    return losses.sdpo_loss(*pair.errors, args.beta, *importance_weights(args, pair), args.clip)
+    return losses.dpo_cm_loss(*pair[:4], args.beta, *importance_weights(args, pair), args.threshold, args.clip)
 
 
 def diffusion_sdpo(args, pair):
-    safeguard = safeguard_coefficient(*pair.outputs, args.mu)
-    return losses.diffusion_sdpo_loss(*pair.errors, args.beta, safeguard)
+    return losses.diffusion_sdpo_loss(*pair[:4], args.beta, safeguard_coefficient(*pair.outputs, args.mu))
 
 
 # flags that several objectives share
-BETA = Flag("beta", 30.0, "multiplies a mean squared error, with no extra 1/2 (5000 in code that halves it is 2500 "
-                          "here); 30 suits the embedded world, the Reg-DPO paper has 1000")
+BETA = Flag("beta", 30.0, "multiplies a mean squared error, with no extra 1/2; the Reg-DPO paper has 1000")
 CLIP = Flag("clip", 0.1, "clip importance weights to [1 - clip, 1 + clip]")
 WEIGHT_STEPS = Flag("weight_steps", 50, "importance weights are for the stride of a sampler with this many steps", int)
 
 OBJECTIVES = {
     "sft": Objective(
         lambda args, pair: losses.sft_loss(pair.err_win),
-        flags=(Flag("caption_dropout", 0.0, "share of captions replaced by the empty one; guidance needs 0.1"),),
-        scale=lambda args: 1.0,
-        reads_pairs=False,
-        needs_ref=False,
-    ),
-    "dpo": Objective(lambda args, pair: losses.dpo_loss(*pair.errors, args.beta), (BETA,)),
-    "regdpo": Objective(
-        regdpo,
-        (
-            BETA,
-            Flag("r", "dgr", "weight of Reg-DPO's SFT term: 'dgr', or a fixed number", number_or_dgr),
-            Flag("r_scale", 1.0, "r = max(r_scale * dgr, r_min)"),
-            Flag("r_min", 0.0, "lower bound of r; 0: none"),
-        ),
-    ),
-    "dpo_cm": Objective(
-        dpo_cm, (BETA, Flag("threshold", 0.9, "drop pairs whose importance weight is lower"), CLIP, WEIGHT_STEPS)
-    ),
-    "sdpo": Objective(sdpo, (BETA, CLIP, WEIGHT_STEPS)),
+        (Flag("caption_dropout", 0.0, "share of captions replaced by the empty one; guidance needs 0.1"),),
+        scale=lambda args: 1.0, reads_pairs=False, needs_ref=False),
+    "dpo": Objective(lambda args, pair: losses.dpo_loss(*pair[:4], args.beta), (BETA,)),
+    "regdpo": Objective(regdpo, (
+        BETA,
+        Flag("r", "dgr", "weight of Reg-DPO's SFT term: 'dgr', or a fixed number", number_or_dgr),
+        Flag("r_scale", 1.0, "r = max(r_scale * dgr, r_min)"),
+        Flag("r_min", 0.0, "lower bound of r; 0: none"))),
+    "dpo_cm": Objective(dpo_cm, (
+        BETA, CLIP, WEIGHT_STEPS, Flag("threshold", 0.9, "drop pairs whose importance weight is lower"))),
+    "sdpo": Objective(
+        lambda args, pair: losses.sdpo_loss(*pair[:4], args.beta, *importance_weights(args, pair), args.clip),
+        (BETA, CLIP, WEIGHT_STEPS)),
     "ipo": Objective(
-        lambda args, pair: losses.ipo_loss(*pair.errors, args.tau),
-        (Flag("tau", 50.0, "aim at a margin of 1 / (2 tau)"),),
-        scale=lambda args: args.tau,
-    ),
+        lambda args, pair: losses.ipo_loss(*pair[:4], args.tau),
+        (Flag("tau", 50.0, "aim at a margin of 1 / (2 tau)"),), scale=lambda args: args.tau),
     "dpop": Objective(
-        lambda args, pair: losses.dpop_loss(*pair.errors, args.beta, args.penalty),
-        (BETA, Flag("penalty", 5.0, "weight of a win that got worse than the reference's")),
-    ),
+        lambda args, pair: losses.dpop_loss(*pair[:4], args.beta, args.penalty),
+        (BETA, Flag("penalty", 5.0, "weight of a win that got worse than the reference's"))),
     "diffusion_sdpo": Objective(
         diffusion_sdpo,
-        (BETA, Flag("mu", 0.9, "share of the win's descent that is guaranteed, 0 to 1")),
-        needs_outputs=True,
-    ),
+        (BETA, Flag("mu", 0.9, "share of the win's descent that is guaranteed, 0 to 1")), needs_outputs=True),
     "preference": Objective(
         lambda args, pair: losses.preference_loss(pair.err_win, pair.err_lose),
-        scale=lambda args: 1.0,
-        needs_ref=False,
-        trains_scores=True,
-    ),
+        scale=lambda args: 1.0, needs_ref=False, trains_scores=True),
 }
 
 # What may differ from the run that is resumed; all else must not, and --init and --data must hold the same contents.
+# --steps may too, unless the learning rate falls towards the last one.
 MAY_CHANGE = {
-    "out", "resume", "init", "data", "steps", "grad_accum", "bad_samples", "backward", "cp_size", "replicate", "ref",
+    "out", "resume", "init", "data", "grad_accum", "bad_samples", "backward", "cp_size", "replicate", "ref",
     "checkpointing", "chunk_tokens", "compile", "offload_activations", "offload_params", "save_every", "keep",
     "save_minutes", "log_every", "probe_every", "sample_every", "eval_clips"}
 # What decides the reference's errors at a position, in addition to the device.
@@ -243,6 +219,9 @@ def check_args(args, ranks):
     check_common_flags(args, ranks)
     check_memory_flags(args)
     check_objective(args, objective)
+    draw(0, 0, (1,), args.flow_shift, args.min_timestep, args.max_timestep)    # checks the range of sigma
+    if args.bad_samples == "skip" and args.ref == "cached":
+        raise ValueError("--bad_samples skip: expected stop with --ref cached, whose errors belong to the scored pairs")
     if args.init != "scratch":
         args.init = locate_weights(args.init)
     args.out = Path(str(args.out).replace("{loss}", args.loss))
@@ -257,11 +236,6 @@ def check_objective(args, objective):
             users = " or ".join(user for user, other in OBJECTIVES.items() if flag in other.flags)
             raise ValueError(f"--{name} {getattr(args, name)} does nothing in --loss {args.loss}; it belongs to --loss "
                              f"{users}")
-    if not 0 <= args.caption_dropout <= 1:
-        raise ValueError(f"--caption_dropout {args.caption_dropout}: expected a share, 0 to 1")
-    if args.bad_samples == "skip" and args.ref == "cached":
-        raise ValueError("--bad_samples skip: expected stop with --ref cached, whose errors belong to the scored pairs")
-    draw(0, 0, (1,), args.flow_shift, args.min_timestep, args.max_timestep)    # checks the range of sigma
     one, video = torch.ones(1), torch.ones(1, 1, 1, 1, 1)
     try:                                                   # the functions of losses.py check what they are given
         objective.loss(args, Pair(one, one, one, one, one / 2, (video, 0 * video, video, 0 * video)))
@@ -284,14 +258,6 @@ def check_objective(args, objective):
 
 # ------------------------------------------------------------------------------------------------------------------
 # one micro-batch
-
-def positions_of(args, ranks, step):
-    """This rank's positions of a step: a range for each accumulation step."""
-    size = args.batch_size // (ranks.data_ranks * args.grad_accum)
-    first = step * args.batch_size + ranks.data_rank * size
-    begins = [first + micro * ranks.data_ranks * size for micro in range(args.grad_accum)]
-    return [range(begin, begin + size) for begin in begins]
-
 
 def read_batch(args, dataset, positions, device):
     """
@@ -367,7 +333,7 @@ def coefficients(args, pair):
     objective = OBJECTIVES[args.loss]
     err_win, err_lose = pair.err_win.detach().requires_grad_(), pair.err_lose.detach().requires_grad_()
     with torch.enable_grad():
-        loss, metrics = objective.loss(args, replace(pair, err_win=err_win, err_lose=err_lose))
+        loss, metrics = objective.loss(args, pair._replace(err_win=err_win, err_lose=err_lose))
         c_win, minus_c_lose = torch.autograd.grad(loss.sum(), (err_win, err_lose))
     c_lose = -minus_c_lose
     metrics |= {"loss": loss.detach(), "c_win": c_win, "c_lose": c_lose}
@@ -410,21 +376,18 @@ def backward_batch(args, policy, ref, batch, scale, ranks):
     sequential  one branch's activations at a time, for one more forward of the loser: 11 forwards instead of 10
     pair        this rank runs one branch, its partner the other; they exchange two numbers a pair
     """
-    if not OBJECTIVES[args.loss].reads_pairs:
-        return backward_wins(args, policy, batch, scale)
+    objective = OBJECTIVES[args.loss]
+    if not objective.reads_pairs:
+        err, _, _ = flow_errors(policy, branch(batch, "win"))
+        loss, metrics = objective.loss(args, Pair(err, err, err, err, batch["sigma"]))
+        (scale * loss.sum()).backward()
+        return metrics | {"loss": loss.detach(), "err_win": err.detach()}
     ref_errors = reference_errors(args, ref, batch, ranks)
     if args.backward == "joint":
         return backward_joint(args, policy, ref_errors, batch, scale)
     if args.backward == "sequential":
         return backward_sequential(args, policy, ref_errors, batch, scale)
     return backward_pair(args, policy, ref_errors, batch, scale, ranks)
-
-
-def backward_wins(args, policy, batch, scale):
-    err, _, _ = flow_errors(policy, branch(batch, "win"))
-    loss, metrics = OBJECTIVES[args.loss].loss(args, Pair(err, err, err, err, batch["sigma"]))
-    (scale * loss.sum()).backward()
-    return metrics | {"loss": loss.detach(), "err_win": err.detach()}
 
 
 def backward_joint(args, policy, ref_errors, batch, scale):
@@ -480,18 +443,6 @@ def open_model(args):
     return config
 
 
-def decides_the_run(args, dataset):
-    """
-    {name: value} of all that decides a run's numbers, which must not change on resume (MAY_CHANGE lists what may).
-    """
-    fixed = {name: value for name, value in vars(args).items() if name not in MAY_CHANGE and name != "defaults"}
-    fixed["init"] = "scratch" if args.init == "scratch" else weights_digest(args.init)
-    fixed["data"] = f"{len(dataset)} items, {dataset.fingerprint()}"
-    if args.decay_steps:
-        fixed["steps"] = args.steps
-    return fixed
-
-
 def learning_rate(args, step):
     """
     The learning rate of a step: a linear rise over --warmup_steps, a linear fall to 0 over the last --decay_steps.
@@ -501,48 +452,6 @@ def learning_rate(args, step):
     return args.learning_rate * min(warm, decay)
 
 
-def check_first_margin(args, row):
-    """
-    The first loss is log 2: policy and reference are the same weights, so their errors must be equal up to rounding.
-    """
-    # margins without beta are as small as errors
-    beta = args.beta if BETA in OBJECTIVES[args.loss].flags else 1.0
-    if row["margin_abs"] > 1e-6 * beta:
-        raise RuntimeError("policy and reference are the same weights at step 0, but their margins differ by "
-                           f"{row['margin_abs']:.2g} on average: they do not take the same numerical path, so every "
-                           "later margin would be wrong by as much (and the DPO part of the loss is not log 2)")
-
-
-def describe_run(args, objective, config, policy, dataset, ranks, start):
-    """What will happen, as lines of text."""
-    item = dataset[0]
-    unit = "pairs" if objective.reads_pairs else "samples"
-    parameters = sum(p.numel() for p in policy.parameters())
-    trainable = sum(p.numel() for p in policy.parameters() if p.requires_grad)
-    tokens = config.count_tokens(item["win"].shape)
-    per_rank = args.batch_size // (ranks.data_ranks * args.grad_accum)
-    videos = per_rank * (2 if objective.reads_pairs and args.backward == "joint" else 1)
-    plural = "s" if ranks.world > 1 else ""
-    where = "the embedded world" if args.data == "toy" else args.data
-    data = (f"{len(dataset):,} {unit} in {where}, latents {tuple(item['win'].shape)} = {tokens:,} tokens, context "
-            f"{tuple(item['context'].shape)}")
-    unpaired = getattr(dataset, "unpaired", ())
-    if unpaired:
-        data += f"; {len(unpaired)} real samples have no negative and are left out"
-    step = f"a step: {args.batch_size} {unit} = {ranks.data_ranks} data ranks x {args.grad_accum} accumulation x {per_rank}"
-    if ranks.world > ranks.data_ranks:
-        branches = "one branch each" if args.backward == "pair" else "both branches"
-        step += f" (one data rank: {ranks.world // ranks.data_ranks} ranks, {branches}, tokens over {args.cp_size})"
-    epochs = (args.steps - start) * args.batch_size / len(dataset)
-    return [
-        f"{args.model}: {parameters:,} parameters, {ranks.world} rank{plural} on {ranks.device.type}, torch "
-        f"{torch.__version__}",
-        memory_plan(args, config, parameters, tokens, videos, objective.needs_ref, ranks, trainable / parameters),
-        data,
-        f"{step}; steps {start} to {args.steps} = {epochs:.1f} epochs; log in {args.out / 'log.jsonl'}",
-    ]
-
-
 # ------------------------------------------------------------------------------------------------------------------
 
 def main(args, dataset=None):
@@ -550,9 +459,9 @@ def main(args, dataset=None):
     # ---------------- ranks
     ranks = start_ranks(args.backward == "pair", args.cp_size, args.replicate)
     check_args(args, ranks)
-    say = print if ranks.rank == 0 else lambda *words: None
     objective = OBJECTIVES[args.loss]
     config = open_model(args)                              # a damaged file is reported before anything is made
+    per_rank = args.batch_size // (ranks.data_ranks * args.grad_accum)
 
     # ---------------- data
     if dataset is None:
@@ -560,7 +469,10 @@ def main(args, dataset=None):
     held_back = None
     if args.hold_back:
         dataset, held_back = hold_back(dataset, args.hold_back)
-    fixed = decides_the_run(args, dataset)
+    may_change = MAY_CHANGE if args.decay_steps else MAY_CHANGE | {"steps"}
+    weights = "scratch" if args.init == "scratch" else weights_digest(args.init)
+    contents = f"{len(dataset)} items, {dataset.fingerprint()}"
+    fixed = run_settings(args, may_change, init=weights, data=contents)
     scored_with = {name: fixed[name] for name in DECIDE_REF_ERRORS} | {"device": ranks.device.type}
     errors_path = args.out / "ref_errors.safetensors"
     errors = None                                          # the reference's, at every position, with --ref cached
@@ -600,14 +512,17 @@ def main(args, dataset=None):
 
     # ---------------- what will happen
     tokens = config.count_tokens(dataset[0]["win"].shape)          # of a video
-    for line in describe_run(args, objective, config, policy, dataset, ranks, start):
-        say(line)
-    if objective.reads_pairs and ranks.rank == 0 and not args.resume:
-        print(audit_report(dataset, args.min_timestep / 1000))
+    parameters = sum(p.numel() for p in policy.parameters())
+    learning = sum(p.numel() for p in trainable)
+    videos = per_rank * (2 if objective.reads_pairs and args.backward == "joint" else 1)
+    if ranks.rank == 0:
+        model = f"{args.model}: {parameters:,} parameters"
+        plan = memory_plan(args, config, parameters, tokens, videos, objective.needs_ref, ranks, learning / parameters)
+        print("\n".join(describe_run(args, dataset, tokens, start, ranks, model, plan)))
+        if objective.reads_pairs and not args.resume:
+            print(audit_report(dataset, args.min_timestep / 1000))
     if held_out and args.init != "scratch":
-        base = build(config) if ref is None else ref
-        held_out.judge("before", held_out.sample(base, ranks), keep=True)
-        del base
+        held_out.judge("before", build(config) if ref is None else ref, ranks, keep=True)
     if errors is not None:
         def score(positions):
             return reference_errors(args, ref, read_batch(args, dataset, positions, ranks.device), ranks)
@@ -618,6 +533,7 @@ def main(args, dataset=None):
 
     # ---------------- the loop
     watch = Watch(rows)
+    margin_beta = args.beta if BETA in objective.flags else 1.0
     # FSDP averages over ranks; a step is the mean over its pairs
     scale = args.loss_scale * ranks.world / args.batch_size
     signals = Signals(args.save_minutes)
@@ -636,7 +552,7 @@ def main(args, dataset=None):
             samples += zip(batch["names"], metrics["loss"].tolist())
         row, sums = summarise(sums | signals.asks(), margins, ranks)
         if objective.reads_pairs and step == 0:
-            check_first_margin(args, row)
+            check_first_margin(row["margin_abs"], margin_beta, half=matrix_dtype(ranks.device.type) is not None)
 
         # dpo_cm takes the mean over the pairs that it kept
         kept = sums["pairs"] / max(1, sums["kept"]) if "kept" in sums else 1.0
@@ -671,9 +587,8 @@ def main(args, dataset=None):
         if sums["asks/stop"]:
             return signals.leave(checkpoint)
         if held_out and args.sample_every and (step + 1) % args.sample_every == 0 and not is_last:
-            videos = held_out.judge(f"step {step + 1}", held_out.sample(averaged, ranks))
-            if ranks.rank == 0:
-                held_out.picture(args.out / "samples" / f"step_{step + 1:06d}", now=videos)
+            now = held_out.judge(f"step {step + 1}", averaged, ranks)
+            held_out.picture(args.out / "samples" / f"step_{step + 1:06d}", {"now": now})
 
     # ---------------- results
     signals.close()
@@ -682,9 +597,7 @@ def main(args, dataset=None):
     if objective.trains_scores and args.eval_clips and is_toy_data(dataset):
         mark_scores(args, config, ranks, both_errors, averaged)
     if held_out:
-        videos = held_out.judge("after", held_out.sample(averaged, ranks))
-        if ranks.rank == 0:
-            held_out.close(args.out / "samples", after=videos)
+        held_out.close(args.out / "samples", {"after": held_out.judge("after", averaged, ranks)})
     dist.barrier()
     dist.destroy_process_group()
 

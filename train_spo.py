@@ -361,8 +361,8 @@ def main(args):
             batch = collate([{"context": toy.encode_text(held_out.captions[i]), "name": held_out.captions[i]} for i in part])
             batch["context"] = batch["context"].to(ranks.device)
             return roll_out(args, model, score, batch, part, "held out", SHAPE, branch_from=args.sample_steps)[0]
-        held_out.judge(f"{title}, {args.kernel} {args.eta:g}", spread(stochastic, len(held_out.captions), ranks))
-        held_out.judge(title, held_out.sample(model, ranks), keep=True)
+        held_out.mark(f"{title}, {args.kernel} {args.eta:g}", spread(stochastic, len(held_out.captions), ranks))
+        held_out.judge(title, model, ranks, keep=True)
 
     if held_out:
         evaluate("before", ref)
@@ -436,8 +436,7 @@ def main(args):
         export_weights(checkpoint, args.out / "export")
     if held_out:
         evaluate("after", policy if ema is None else ema)
-        if ranks.rank == 0:
-            held_out.close(args.out / "samples")
+        held_out.close(args.out / "samples", {})
     dist.barrier()
     dist.destroy_process_group()
 
