@@ -75,7 +75,7 @@ def make_toy_data(init, config, ranks, sampler, count, seed=0, held_out=False, p
         missing = missing_negatives(folder, settings, rank=ranks.rank, world=ranks.world)
         if missing:                                        # each rank holds the whole model and makes its own share
             model = load_wan(init, config).to(ranks.device).eval().requires_grad_(False)
-            make_negatives(model, missing, settings, sampler, progress=ranks.rank == 0)
+            make_negatives(model, missing, settings, sampler, negative=toy.encode_text(""), progress=ranks.rank == 0)
         dist.barrier()
     return folder
 
@@ -119,7 +119,7 @@ def sample_held_out(model, sampler, captions, ranks):
     def make(indices):
         context = [toy.encode_text(captions[i]) for i in indices]
         seeds = [seed_of("held out", i) for i in indices]
-        return generate(model, context, seeds, SHAPE, sampler, device=ranks.device)
+        return generate(model, context, seeds, SHAPE, sampler, toy.encode_text(""), device=ranks.device)
     return spread(make, len(captions), ranks)
 
 

@@ -217,7 +217,7 @@ def generate(model, context, seeds, shape, sampler, negative=None, low=None, dev
     context     list of B tensors (T, D)
     seeds       B integers; each draws its own noise, so a video does not depend on its batch
     shape       (C, F, H, W) of a video's latents
-    negative    context (T, D) of the negative branch; by default no rows
+    negative    context (T, D) of the negative branch, which guidance needs: what the text encoder makes of a text or ""
     low         function that returns the low-noise expert, which answers below timestep 1000 * sampler.boundary. It is
                 called when it is needed and the model has moved to the CPU: a GPU never holds both
     device      where to compute, if not where the model's parameters are (offloaded)
@@ -232,7 +232,8 @@ def generate(model, context, seeds, shape, sampler, negative=None, low=None, dev
 
     rows = list(context)
     if sampler.guided:
-        negative = torch.zeros(0, context[0].shape[1]) if negative is None else negative
+        if negative is None:
+            raise ValueError("guidance without `negative`: give the text encoder's context of a negative prompt or ''")
         rows += [negative] * len(context)
     one_row = torch.zeros(1, context[0].shape[1])   # attention needs one, if all captions are empty
     padded = torch.nn.utils.rnn.pad_sequence([*rows, one_row], batch_first=True)[:-1].to(device)   # (B or 2B, T, D)

@@ -178,12 +178,19 @@ def test_a_row_of_solvers_is_all_that_a_new_solver_needs(base, pairs, monkeypatc
 # ----------------------------------------------------------------------------------------------------------------------
 # generation
 
+def test_guidance_does_not_make_up_an_empty_caption():
+    # Wan's text encoder makes one row of "", its end mark; no rows are another input, which no model was trained on
+    with pytest.raises(ValueError, match="guidance without `negative`"):
+        sample.generate(PointMass(), [torch.zeros(1, 4)], [0], (2, 1, 2, 2), Sampler(steps=1, guidance=2.0))
+
+
 def test_guidance_moves_from_the_unconditional_to_beyond_the_conditional():
     # conditional points 3 + 2, unconditional 3: guidance g ends at 3 + 2 g
     context = [torch.full((2, 4), 0.25)]
     sampler = Sampler(steps=5, flow_shift=1.0)
     for guidance in (0.0, 1.0, 2.5):
-        x = sample.generate(PointMass(), context, [0], (2, 1, 2, 2), replace(sampler, guidance=guidance))
+        x = sample.generate(PointMass(), context, [0], (2, 1, 2, 2), replace(sampler, guidance=guidance),
+                            negative=torch.zeros(0, 4))
         assert torch.allclose(x, torch.full_like(x, 3 + 2 * guidance), atol=1e-4)
     negative = torch.full((1, 4), -0.25)                                       # its own point: 3 - 1; 2 + 2 * (5 - 2)
     x = sample.generate(PointMass(), context, [0], (2, 1, 2, 2), replace(sampler, guidance=2.0), negative=negative)
@@ -221,7 +228,8 @@ def test_each_expert_has_its_guidance():
     sampler = Sampler(steps=4, flow_shift=1.0, guidance=4.0, boundary=0.6)
     for low_guidance, way in ((3.0, 3.5), (0.0, 4.0)):                         # 0: the same for both
         x = sample.generate(Expert("high", []), [torch.ones(1, 4)], [0], (1, 1, 2, 2),
-                            replace(sampler, low_guidance=low_guidance), low=lambda: Expert("low", []))
+                            replace(sampler, low_guidance=low_guidance), torch.zeros(1, 4),
+                            low=lambda: Expert("low", []))
         assert torch.allclose(x[0], noise - way, atol=1e-5)
 
 
@@ -291,7 +299,7 @@ def test_conditions_are_the_same_in_both_branches_of_guidance():
             return x * 0
 
     sampler = Sampler(steps=1, guidance=5.0)
-    sample.generate(Image(), [torch.ones(1, 4)] * 2, [0, 1], (2, 1, 2, 2), sampler, **conditions)
+    sample.generate(Image(), [torch.ones(1, 4)] * 2, [0, 1], (2, 1, 2, 2), sampler, torch.zeros(1, 4), **conditions)
 
 
 @pytest.mark.parametrize("sampler, words", [
@@ -306,10 +314,10 @@ def test_what_generate_cannot_do_is_refused(sampler, words):
 
 def test_a_video_does_not_depend_on_the_batch_it_is_made_in(base):
     context = [toy.encode_text(caption) for caption in ("red", "a large blue square", "")]
-    sampler = Sampler(steps=3, guidance=2.0)
-    together = sample.generate(base[1], context, [7, 8, 9], (12, 2, 4, 4), sampler)
+    sampler, empty = Sampler(steps=3, guidance=2.0), toy.encode_text("")
+    together = sample.generate(base[1], context, [7, 8, 9], (12, 2, 4, 4), sampler, empty)
     for i in range(3):
-        alone = sample.generate(base[1], context[i:i + 1], [7 + i], (12, 2, 4, 4), sampler)
+        alone = sample.generate(base[1], context[i:i + 1], [7 + i], (12, 2, 4, 4), sampler, empty)
         assert torch.allclose(alone[0], together[i], atol=1e-4)
     assert not torch.allclose(together[0], together[1], atol=0.1)
 
@@ -484,7 +492,7 @@ def test_prompt_files_may_be_several_of_any_case_of_suffix_among_prompts(base, t
 
 
 @pytest.mark.parametrize("content, expected", [
-    (b"\xef\xbb\xbfred circle\r\nblue square", ["red circle", "blue square"]),   # a byte order mark, as Notepad writes it
+    (b"\xef\xbb\xbfred circle\r\nblue square", ["red circle", "blue square"]),   # a mark, as Notepad writes it
     ("a cat\u2028on a mat\x0bor\x85not\na dog".encode(), ["a cat\u2028on a mat\x0bor\x85not", "a dog"]),
 ])
 def test_prompt_files_are_utf8_with_or_without_a_mark_split_at_line_feeds_only(base, tmp_path, content, expected):

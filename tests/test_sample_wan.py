@@ -140,6 +140,16 @@ def test_the_negative_prompt_is_the_official_one_or_what_is_given(log, variant, 
     assert args.negative_prompt == expected
 
 
+def test_an_empty_negative_prompt_is_what_the_text_encoder_makes_of_it(wan_folder, log, tmp_path, monkeypatch):
+    write_sample(tmp_path / "real" / "0.safetensors", torch.zeros(16, 1, 4, 2), torch.zeros(3, 20), {})
+    negatives = []
+    monkeypatch.setattr(sample, "make_negatives", lambda model, missing, settings, sampler, batch_size, negative, *args:
+                        negatives.append(negative))
+    sample.main(sample.parse_args(["--init", str(wan_folder("t2v")), "--pairs", str(tmp_path), "--guidance", "2",
+                                   "--negative_prompt", ""]))
+    assert torch.equal(negatives[0], Encoders(VARIANTS["t2v"], []).encode_text("")) and len(negatives[0]) == 1
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("guidance", ["1", "2"])
 def test_negatives_of_every_variant_take_the_conditions_of_their_real_sample(wan_folder, log, tmp_path, variant, guidance):
