@@ -529,6 +529,7 @@ def main(args):
     args.device = torch.device("cpu")
     if torch.cuda.is_available():
         args.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(args.device)   # before anything allocates: each rank would take memory of GPU 0 too
 
     args.init = locate_weights(args.init)
     args.weights = args.weights or (args.init if Path(args.init).is_dir() else Path(args.init).parent)

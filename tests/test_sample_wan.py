@@ -10,7 +10,7 @@ import sample
 from conftest import write_png
 from data import open_data, read_sample, write_sample
 from model import WanConfig, WanModel
-from weights import load_wan, save_wan
+from weights import load_wan, open_wan, save_wan
 
 WAN = dict(dim=48, ffn_dim=64, num_heads=2, num_layers=1, text_dim=20, freq_dim=32)
 VARIANTS = {
@@ -180,6 +180,44 @@ def test_negatives_of_every_variant_take_the_conditions_of_their_real_sample(wan
     sample.main(sample.parse_args(command))                                    # nothing left to do, the same settings
     with pytest.raises(ValueError, match="was made with .*another --name"):
         sample.main(sample.parse_args([*command, "--solver", "euler"]))
+
+
+def test_the_second_expert_is_read_when_its_turn_comes_straight_to_the_device(wan_folder, tmp_path, monkeypatch):
+    order = []
+
+    class Recorded(torch.nn.Module):
+        def __init__(self, model, name):
+            super().__init__()
+            self.model, self.name = model, name
+
+        def forward(self, *args, **named):
+            order.append(f"{self.name} answers")
+            return self.model(*args, **named)
+
+    def load(path, dtype, device):
+        order.append(f"read {path.name} as {dtype} to {device}")
+        return Recorded(load_wan(path, dtype=dtype, device=device), path.name)
+
+    monkeypatch.setattr(sample, "load_wan", load)
+    for i in range(2):
+        write_sample(tmp_path / "real" / f"{i}.safetensors", torch.zeros(16, 1, 4, 2), torch.zeros(3, 20), {})
+    sample.main(sample.parse_args(["--init", str(wan_folder("t2v a14b")), "--pairs", str(tmp_path), "--steps", "2",
+                                   "--boundary", "0.95"]))
+    # shift 12, u = 0.999 and 0.4995: sigma 0.9999 and 0.923
+    assert order == ["read high_noise_model as torch.float32 to cpu", "high_noise_model answers",
+                     "read low_noise_model as torch.float32 to cpu", "low_noise_model answers",
+                     "high_noise_model answers", "low_noise_model answers"]
+
+
+def test_a_rank_of_torchrun_takes_its_gpu_before_anything_allocates(wan_folder, tmp_path, monkeypatch):
+    order = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: order.append(f"set {device}"))
+    monkeypatch.setattr(sample, "open_wan", lambda *args: order.append("open") or open_wan(*args))
+    monkeypatch.setattr(sample, "make_videos", lambda args, *others: order.append(f"sample on {args.device}"))
+    monkeypatch.setenv("LOCAL_RANK", "3")
+    sample.main(sample.parse_args(["--init", str(wan_folder("t2v")), "--prompts", "a cat"]))
+    assert order == ["set cuda:3", "open", "sample on cuda:3"]
 
 
 @pytest.mark.parametrize("variant, flags, words", [
