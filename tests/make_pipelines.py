@@ -13,7 +13,7 @@ from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 PROMPTS = ["A red ball rolls over the grass.", "two   dogs &amp; a cat"]
 NEGATIVE = "blurred, grey"
 I2V = dict(channels=16, y_channels=20)
-# The transformer; its flow_shift, guidance (high-noise expert first) and boundary in public use; pictures; height, width.
+# The transformer; flow_shift, guidance (high-noise expert first), boundary in public use; pictures; height and width.
 CASES = {
     "t2v": (dict(), 5.0, [5.0], None, 0, (32, 64)),
     # Square, since diffusers crops what CLIP sees and Wan squashes it.
