@@ -1,5 +1,6 @@
 """
-What a step of SPO's roll-out costs beside a step of a plain sampler, in the embedded world: process time on one core, in one process, the variants in turn.
+The cost of a step of SPO's roll-out next to a step of a plain sampler, in the embedded world: process time on one core,
+in one process, the variants in turn.
 
     python benchmarks/spo_steps.py --captions 4 > benchmarks/spo_steps.md
 """
@@ -15,12 +16,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import toy
 from data import collate
-from model import WanModel
-from weights import load_wan
-from sample import Sampler, generate
-from train_spo import parse_args
-from train_spo import preference_score, roll_out, toy_score
 from evaluate import SHAPE
+from model import WanModel
+from sample import Sampler, generate
+from train_spo import parse_args, preference_score, roll_out, toy_score
+from weights import load_wan
+
+STEPS = 20                                                                     # the default of both samplers
+PLAIN = "plain sampler (Euler)"
 
 
 class Counting(torch.nn.Module):
@@ -34,10 +37,26 @@ class Counting(torch.nn.Module):
         return self.model(*args, **kwargs)
 
 
+def measure(variants, counted, repeats):
+    """The fastest of `repeats` calls in seconds, and the forwards of each counted model, by variant."""
+    fastest, forwards = {}, {}
+    for _ in range(repeats):
+        for name, (_, make_clips) in variants.items():
+            for model in counted:
+                model.forwards = 0
+            start = time.process_time()
+            make_clips()
+            seconds = time.process_time() - start
+            fastest[name] = min(seconds, fastest.get(name, seconds))
+            forwards[name] = [model.forwards for model in counted]
+    return fastest, forwards
+
+
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--captions", type=int, default=8)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
+    parser.add_argument("--captions", type=int, default=8, help="clips that are sampled together")
+    parser.add_argument("--repeats", type=int, default=3, help="rounds, of which the fastest counts")
     flags = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
@@ -46,31 +65,37 @@ def main():
     judge = Counting(WanModel(dataclasses.replace(base.config, scores=True))).eval()
     captions = toy.TRAINED[:flags.captions]
     texts = [toy.encode_text(caption) for caption in captions]
-    batch = collate([{"context": text, "name": caption} for text, caption in zip(texts, captions)]) | {"positions": list(range(flags.captions))}
-    args = parse_args(["--eta", "1"])                                         # 20 steps, pools of 4
-    roll = lambda score, first: roll_out(args, policy, score, batch, range(flags.captions), 0, SHAPE, first)
-    variants = {                                                              # steps with a pool, and what makes the clips
-        "plain sampler (Euler)": (0, lambda: generate(policy, texts, range(flags.captions), SHAPE, Sampler())),
-        "stochastic step, no pool": (0, lambda: roll(None, 20)),
-        "pool of 4, scores for nothing": (19, lambda: roll(lambda x, sigma, batch: x.flatten(1).sum(1), 0)),
-        "pool of 4, preference model": (19, lambda: roll(preference_score(judge, ref, 1.0, 0), 0)),
-        "pool of 4, exact metric": (19, lambda: roll(toy_score(ref, 1.0), 0))}
-    seconds, forwards = {name: [] for name in variants}, {}
-    for _ in range(flags.repeats):
-        for name, (_, make) in variants.items():
-            policy.forwards = ref.forwards = judge.forwards = 0
-            began = time.process_time()
-            make()
-            seconds[name].append(time.process_time() - began)
-            forwards[name] = policy.forwards, ref.forwards, judge.forwards
-    fastest = {name: min(values) / flags.captions for name, values in seconds.items()}
-    plain = fastest["plain sampler (Euler)"] / 20
-    print(f"`python {' '.join(sys.argv)}`: {flags.captions} captions of the embedded world, 20 steps, fastest of {flags.repeats}, torch {torch.__version__}, one core\n")
-    print("| | ms a step and clip | beside the plain step | policy forwards of a roll-out | reference forwards | preference forwards |\n| --- | --- | --- | --- | --- | --- |")
+    positions = list(range(flags.captions))
+    batch = collate([{"context": text, "name": caption} for text, caption in zip(texts, captions)])
+    batch["positions"] = positions
+    args = parse_args(["--eta", "1"])                                          # 20 steps, pools of 4
+
+    def roll(score, branch_from):
+        return roll_out(args, policy, score, batch, positions, 0, SHAPE, branch_from)
+
+    def no_judgement(x, sigma, batch):
+        return x.flatten(1).sum(1)
+
+    variants = {                                                               # steps with a pool, and what makes clips
+        PLAIN: (0, lambda: generate(policy, texts, positions, SHAPE, Sampler(steps=STEPS))),
+        "stochastic step, no pool": (0, lambda: roll(None, STEPS)),
+        "pool of 4, scores for nothing": (STEPS - 1, lambda: roll(no_judgement, 0)),
+        "pool of 4, preference model": (STEPS - 1, lambda: roll(preference_score(judge, ref, 1.0, 0), 0)),
+        "pool of 4, exact metric": (STEPS - 1, lambda: roll(toy_score(ref, 1.0), 0)),
+    }
+    fastest, forwards = measure(variants, (policy, ref, judge), flags.repeats)
+
+    print(f"`python {' '.join(sys.argv)}`: {flags.captions} captions of the embedded world, {STEPS} steps, fastest of "
+          f"{flags.repeats}, torch {torch.__version__}, one core\n")
+    print("| | ms a step and clip | times the plain step | policy forwards of a roll-out | reference forwards "
+          "| preference forwards |\n| --- | --- | --- | --- | --- | --- |")
+    plain = fastest[PLAIN] / STEPS
     for name, (pools, _) in variants.items():
-        # the last step never has a pool: its cost is a plain step's
-        each = (fastest[name] - (20 - pools) * plain) / pools if pools else fastest[name] / 20
-        print(f"| {name} | {1000 * each:.1f} | {each / plain:.2f} | {' | '.join(map(str, forwards[name]))} |")
+        step = fastest[name] / STEPS
+        if pools:                                                              # the last step has none: a plain step
+            step = (fastest[name] - (STEPS - pools) * plain) / pools
+        counts = " | ".join(str(count) for count in forwards[name])
+        print(f"| {name} | {1000 * step / flags.captions:.1f} | {step / plain:.2f} | {counts} |")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """
-Whole samples against diffusers' pipelines, on tiny random components that are built here: a diffusers folder, prompts and pictures in, pixels out.
+Whole samples against diffusers' pipelines, on tiny random components that are built here: a diffusers folder, prompts
+and pictures in, pixels out.
 
-Both sides start from the same noise and walk the same sigmas. Our grid is the official one and diffusers' is another, so its scheduler is handed
-ours, through its own argument `sigmas`; one case does it the other way round and leaves the pipeline as it is. All the rest is each side's own code:
-text cleaning and tokens, text encoder, image condition and CLIP, timesteps, guidance, experts, UniPC, decoding. Measured: 4e-6 of [-1, 1].
+Both sides start from the same noise and visit the same sigmas. Our grid is the official one and diffusers' is another,
+so its scheduler is given ours, through its own argument `sigmas`; one case does it the other way round and leaves the
+pipeline alone. All the rest is each side's own code: text cleaning and tokens, text encoder, image condition and CLIP,
+timesteps, guidance, experts, UniPC, decoding. Measured: 4e-6 of [-1, 1].
 """
 import numpy as np
 import pytest
@@ -41,17 +43,22 @@ def test_a_video_is_that_of_diffusers(tmp_path, monkeypatch, case, grid):
     files = [str(tmp_path / f"{i}.png") for i in range(pictures)]
     for file, image in zip(files, rgb):
         write_png(file, image)
-    seen = []                                                                  # as they would be written; an mp4 is not exact
-    monkeypatch.setattr(encode, "mp4", lambda video, fps, upscale: seen.append(video) or b"")
-    sample.main(sample.parse_args(["--init", str(tmp_path / "model"), "--prompts", *PROMPTS, "--negative_prompt", NEGATIVE, "--out", str(tmp_path / "out"),
-                                   "--steps", str(STEPS), "--frames", str(FRAMES), "--size", str(height), str(width),
-                                   *(["--image", files[0]] if pictures else []), *(["--last_image", files[1]] if pictures == 2 else [])]))
+    videos = []                                                                # as they would be written to mp4
+    monkeypatch.setattr(encode, "mp4", lambda video, fps, upscale: videos.append(video) or b"")
+    flags = ["--init", tmp_path / "model", "--prompts", *PROMPTS, "--negative_prompt", NEGATIVE, "--steps", STEPS,
+             "--out", tmp_path / "out", "--frames", FRAMES, "--size", height, width]
+    for flag, file in zip(("--image", "--last_image"), files):
+        flags += [flag, file]
+    sample.main(sample.parse_args([str(flag) for flag in flags]))
 
     images = dict(zip(("image", "last_image"), map(Image.fromarray, rgb[:pictures])))
     for i, prompt in enumerate(PROMPTS):
         made = read_sample(tmp_path / "out" / f"{i:05d}.safetensors")
-        noise = torch.randn(made["latents"].shape, generator=torch.Generator().manual_seed(int(made["metadata"]["noise_seed"])))
-        video = pipe(prompt=prompt, negative_prompt=NEGATIVE, height=height, width=width, num_frames=FRAMES, num_inference_steps=STEPS, latents=noise[None],
-                     guidance_scale=guidance[0], guidance_scale_2=guidance[1] if boundary else None, output_type="pt", **images).frames[0]
-        assert (seen[i] - (2 * video.transpose(0, 1) - 1)).abs().max() <= 1e-3      # (3, F, H, W)
-    assert (seen[0] - seen[1]).abs().max() > 0.02 and seen[0].std() > 0.02     # there is something to see, and it depends on the input
+        generator = torch.Generator().manual_seed(int(made["metadata"]["noise_seed"]))
+        noise = torch.randn(made["latents"].shape, generator=generator)
+        expected = pipe(prompt=prompt, negative_prompt=NEGATIVE, height=height, width=width, num_frames=FRAMES,
+                        num_inference_steps=STEPS, latents=noise[None], guidance_scale=guidance[0],
+                        guidance_scale_2=guidance[1] if boundary else None, output_type="pt", **images).frames[0]
+        assert (videos[i] - (2 * expected.transpose(0, 1) - 1)).abs().max() <= 1e-3     # (3, F, H, W)
+    assert (videos[0] - videos[1]).abs().max() > 0.02                          # it depends on the prompt
+    assert videos[0].std() > 0.02                                              # and there is something to see

@@ -1,4 +1,4 @@
-"""sample.py's command line for Wan's variants: small random models, and encoders that only write down what they are asked for."""
+"""sample.py's command line for Wan's variants: small random models, encoders that record what they are asked."""
 import functools
 
 import numpy as np
@@ -40,7 +40,8 @@ class Encoders:
 
     def conditions(self, first, last, frames):
         self.log.append(f"conditions {tuple(first.shape)} {last is not None} {frames}")
-        return conditions_of(self.config, (self.config.out_dim, (frames - 1) // 4 + 1, first.shape[1] // 8, first.shape[2] // 8))
+        shape = (self.config.out_dim, (frames - 1) // 4 + 1, first.shape[1] // 8, first.shape[2] // 8)
+        return conditions_of(self.config, shape)
 
     def decode_video(self, latents):
         self.log.append(f"decode {tuple(latents.shape)}")
@@ -48,12 +49,20 @@ class Encoders:
 
 
 def conditions_of(config, latents, seed=0):
-    made, g = {}, torch.Generator().manual_seed(seed)
+    """Random conditions of a model for latents of this shape."""
+    conditions, g = {}, torch.Generator().manual_seed(seed)
     if config.in_dim > config.out_dim:
-        made["y"] = torch.randn(config.in_dim - config.out_dim, *latents[1:], generator=g)
+        conditions["y"] = torch.randn(config.in_dim - config.out_dim, *latents[1:], generator=g)
     if config.image_dim:
-        made["clip_features"] = torch.randn(config.image_pos_len or 257, config.image_dim, generator=g)
-    return made | ({"first_latent": torch.randn(latents[0], 1, *latents[2:], generator=g)} if config.out_dim == 48 else {})
+        conditions["clip_features"] = torch.randn(config.image_pos_len or 257, config.image_dim, generator=g)
+    if config.vae == "wan2.2":
+        conditions["first_latent"] = torch.randn(latents[0], 1, *latents[2:], generator=g)
+    return conditions
+
+
+def run(*flags):
+    """What the command line does."""
+    sample.main(sample.parse_args([str(flag) for flag in flags]))
 
 
 @pytest.fixture(scope="module")
@@ -88,16 +97,17 @@ def picture(tmp_path):
 def test_one_large_thing_at_a_time_is_in_memory(wan_folder, log, picture, tmp_path):
     pytest.importorskip("av", reason="mp4 files need PyAV (requirements-video.txt)")
     pytest.importorskip("PIL", reason="pictures need Pillow, which diffusers brings")
-    sample.main(sample.parse_args(["--init", str(wan_folder("i2v")), "--prompts", "a cat", "a dog", "--image", picture, "--steps", "1", "--frames", "5",
-                                   "--size", "16", "32", "--out", str(tmp_path / "out")]))
+    run("--init", wan_folder("i2v"), "--prompts", "a cat", "a dog", "--image", picture, "--steps", 1, "--frames", 5,
+        "--size", 16, 32, "--out", tmp_path / "out")
     assert log == ["load vae", "conditions (3, 16, 32) False 5", "free clip", "free vae",
-                   "text a cat", "text a dog", "text 镜头晃动，the official one", "free text", "load model", "decode (16, 2, 2, 4)", "decode (16, 2, 2, 4)"]
+                   "text a cat", "text a dog", "text 镜头晃动，the official one", "free text", "load model",
+                   "decode (16, 2, 2, 4)", "decode (16, 2, 2, 4)"]
     made = read_sample(tmp_path / "out" / "00001.safetensors")
     assert made["metadata"]["encoder"] == "wan" and made["metadata"]["fps"] == "16" and len(made["context"]) == 3
     assert {"00000.mp4", "00001.mp4", "contact_sheet.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
 
 
-SETTLED = ("solver", "steps", "flow_shift", "guidance", "low_guidance", "boundary", "fps", "frames", "size")
+SAMPLER_FLAGS = ("solver", "steps", "flow_shift", "guidance", "low_guidance", "boundary", "fps", "frames", "size")
 
 
 @pytest.mark.parametrize("variant, flags, expected", [
@@ -116,23 +126,26 @@ SETTLED = ("solver", "steps", "flow_shift", "guidance", "low_guidance", "boundar
 def test_what_is_not_given_is_as_the_authors_do_it(log, variant, flags, expected):
     args = sample.parse_args(flags)
     sample.fill_defaults(args, VARIANTS[variant], "a14b" in variant)
-    assert [getattr(args, name) for name in SETTLED] == expected
+    assert [getattr(args, name) for name in SAMPLER_FLAGS] == expected
 
 
 @pytest.mark.parametrize("side, flow_shift", [(60, 3.0), (90, 5.0)])           # 480p and 720p of Wan2.1's i2v
 def test_the_flow_shift_of_negatives_is_that_of_their_size(wan_folder, log, tmp_path, monkeypatch, side, flow_shift):
     shape = (16, 1, side, 104)
-    write_sample(tmp_path / "real" / "0.safetensors", torch.zeros(shape), torch.zeros(3, 20), {}, **conditions_of(VARIANTS["i2v"], shape))
-    asked = {}
-    monkeypatch.setattr(sample, "make_negatives", lambda model, missing, settings, sampler, batch_size, negative, *args, **named:
-                        asked.update(vars(sampler), negative=negative))
-    sample.main(sample.parse_args(["--init", str(wan_folder("i2v")), "--pairs", str(tmp_path)]))
-    assert asked["flow_shift"] == flow_shift and asked["steps"] == 40 and asked["guidance"] == 1 and asked["negative"] is None
+    conditions = conditions_of(VARIANTS["i2v"], shape)
+    write_sample(tmp_path / "real" / "0.safetensors", torch.zeros(shape), torch.zeros(3, 20), {}, **conditions)
+    calls = []
+    monkeypatch.setattr(sample, "make_negatives", lambda *args: calls.append(args))
+    run("--init", wan_folder("i2v"), "--pairs", tmp_path)
+    (_, _, _, sampler, _, negative, _, _), = calls
+    assert sampler == sample.Sampler("unipc", steps=40, flow_shift=flow_shift, guidance=1.0)
+    assert negative is None
 
 
 @pytest.mark.parametrize("variant, given, expected", [
-    ("t2v", "official", "the official one"), ("t2v", "", ""), ("t2v", "blurred", "blurred"), ("i2v a14b", "official", "the official one"),
-    ("i2v", "official", "镜头晃动，the official one"), ("flf2v", "official", "镜头切换，镜头晃动，the official one"),
+    ("t2v", "official", "the official one"), ("t2v", "", ""), ("t2v", "blurred", "blurred"),
+    ("i2v a14b", "official", "the official one"), ("i2v", "official", "镜头晃动，the official one"),
+    ("flf2v", "official", "镜头切换，镜头晃动，the official one"),
 ])
 def test_the_negative_prompt_is_the_official_one_or_what_is_given(log, variant, given, expected):
     args = sample.parse_args(["--negative_prompt", given])
@@ -142,44 +155,46 @@ def test_the_negative_prompt_is_the_official_one_or_what_is_given(log, variant, 
 
 def test_an_empty_negative_prompt_is_what_the_text_encoder_makes_of_it(wan_folder, log, tmp_path, monkeypatch):
     write_sample(tmp_path / "real" / "0.safetensors", torch.zeros(16, 1, 4, 2), torch.zeros(3, 20), {})
-    negatives = []
-    monkeypatch.setattr(sample, "make_negatives", lambda model, missing, settings, sampler, batch_size, negative, *args:
-                        negatives.append(negative))
-    sample.main(sample.parse_args(["--init", str(wan_folder("t2v")), "--pairs", str(tmp_path), "--guidance", "2",
-                                   "--negative_prompt", ""]))
-    assert torch.equal(negatives[0], Encoders(VARIANTS["t2v"], []).encode_text("")) and len(negatives[0]) == 1
+    calls = []
+    monkeypatch.setattr(sample, "make_negatives", lambda *args: calls.append(args))
+    run("--init", wan_folder("t2v"), "--pairs", tmp_path, "--guidance", 2, "--negative_prompt", "")
+    (_, _, _, _, _, negative, _, _), = calls
+    assert torch.equal(negative, Encoders(VARIANTS["t2v"], []).encode_text("")) and len(negative) == 1
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("guidance", ["1", "2"])
-def test_negatives_of_every_variant_take_the_conditions_of_their_real_sample(wan_folder, log, tmp_path, variant, guidance):
+def test_negatives_of_every_variant_take_their_real_samples_conditions(wan_folder, log, tmp_path, variant, guidance):
     config, root, shape = VARIANTS[variant], wan_folder(variant), (VARIANTS[variant].out_dim, 2, 4, 2)
     reals = [(torch.randn(shape), torch.randn(3, 20), conditions_of(config, shape, seed=i)) for i in range(2)]
+    metadata = {"prompt": "a cat", "encoder": "wan", "fps": "16"}
     for i, (latents, context, conditions) in enumerate(reals):
-        write_sample(tmp_path / "real" / f"{i}.safetensors", latents, context, {"prompt": "a cat", "encoder": "wan", "fps": "16"}, **conditions)
-    command = ["--init", str(root), "--pairs", str(tmp_path), "--steps", "3", "--guidance", guidance, "--batch_size", "2"]
-    sample.main(sample.parse_args(command))
-    two = "a14b" in variant
-    assert log == ([f"text {'镜头切换，' if variant == 'flf2v' else ''}{'镜头晃动，' if variant in ('i2v', 'flf2v') else ''}the official one", "free text"]
-                   if guidance == "2" else []) + ["load model"] * (1 + two)
+        write_sample(tmp_path / "real" / f"{i}.safetensors", latents, context, metadata, **conditions)
+    flags = ["--init", root, "--pairs", tmp_path, "--steps", 3, "--guidance", guidance, "--batch_size", 2]
+    run(*flags)
+    two_experts = "a14b" in variant
+    prefix = {"i2v": "镜头晃动，", "flf2v": "镜头切换，镜头晃动，"}.get(variant, "")
+    texts = [f"text {prefix}the official one", "free text"] if guidance == "2" else []
+    assert log == texts + ["load model"] * (1 + two_experts)
 
-    model = load_wan(root / "high_noise_model" if two else root)
-    low = (lambda: load_wan(root / "low_noise_model")) if two else None
-    sampler = sample.Sampler("unipc", 3, sample.DEFAULTS[variant]["flow_shift"], float(guidance), 0.0, sample.DEFAULTS[variant]["boundary"])
-    negative = Encoders(config, []).encode_text(log[0].removeprefix("text "))
+    model = load_wan(root / "high_noise_model" if two_experts else root)
+    low = (lambda: load_wan(root / "low_noise_model")) if two_experts else None
+    defaults = sample.DEFAULTS[variant]
+    sampler = sample.Sampler("unipc", 3, defaults["flow_shift"], float(guidance), 0.0, defaults["boundary"])
+    negative = Encoders(config, []).encode_text(f"{prefix}the official one")
     for i, (_, context, conditions) in enumerate(reals):
         made = read_sample(tmp_path / "negatives" / f"{i}.safetensors")
-        alone = sample.generate(model, [context], [int(made["metadata"]["noise_seed"])], shape, sampler, negative, low,
+        seed = int(made["metadata"]["noise_seed"])
+        alone = sample.generate(model, [context], [seed], shape, sampler, negative, low,
                                 **{name: value[None] for name, value in conditions.items()})
         assert torch.allclose(made["latents"], alone[0], atol=1e-4)
         assert made.keys() == {"latents", "context", "metadata"} and made["metadata"]["solver"] == "unipc"
         if variant == "ti2v":
             assert torch.equal(made["latents"][:, :1], conditions["first_latent"])
     assert len(open_data(tmp_path, pairs=True)) == 2
-    log.clear()
-    sample.main(sample.parse_args(command))                                    # nothing left to do, the same settings
+    run(*flags)                                                                # nothing left to do, the same settings
     with pytest.raises(ValueError, match="was made with .*another --name"):
-        sample.main(sample.parse_args([*command, "--solver", "euler"]))
+        run(*flags, "--solver", "euler")
 
 
 def test_the_second_expert_is_read_when_its_turn_comes_straight_to_the_device(wan_folder, tmp_path, monkeypatch):
@@ -201,8 +216,7 @@ def test_the_second_expert_is_read_when_its_turn_comes_straight_to_the_device(wa
     monkeypatch.setattr(sample, "load_wan", load)
     for i in range(2):
         write_sample(tmp_path / "real" / f"{i}.safetensors", torch.zeros(16, 1, 4, 2), torch.zeros(3, 20), {})
-    sample.main(sample.parse_args(["--init", str(wan_folder("t2v a14b")), "--pairs", str(tmp_path), "--steps", "2",
-                                   "--boundary", "0.95"]))
+    run("--init", wan_folder("t2v a14b"), "--pairs", tmp_path, "--steps", 2, "--boundary", 0.95)
     # shift 12, u = 0.999 and 0.4995: sigma 0.9999 and 0.923
     assert order == ["read high_noise_model as torch.float32 to cpu", "high_noise_model answers",
                      "read low_noise_model as torch.float32 to cpu", "low_noise_model answers",
@@ -216,7 +230,7 @@ def test_a_rank_of_torchrun_takes_its_gpu_before_anything_allocates(wan_folder, 
     monkeypatch.setattr(sample, "open_wan", lambda *args: order.append("open") or open_wan(*args))
     monkeypatch.setattr(sample, "make_videos", lambda args, *others: order.append(f"sample on {args.device}"))
     monkeypatch.setenv("LOCAL_RANK", "3")
-    sample.main(sample.parse_args(["--init", str(wan_folder("t2v")), "--prompts", "a cat"]))
+    run("--init", wan_folder("t2v"), "--prompts", "a cat")
     assert order == ["set cuda:3", "open", "sample on cuda:3"]
 
 
@@ -236,26 +250,25 @@ def test_a_rank_of_torchrun_takes_its_gpu_before_anything_allocates(wan_folder, 
     ("t2v a14b", ["--boundary", "875"], "--boundary 875.0: expected a sigma between 0 and 1"),
     ("t2v", ["--boundary", "0.9"], "--boundary and --low_guidance are for two experts"),
 ])
-def test_what_a_variant_cannot_do_is_refused_before_anything_is_loaded(wan_folder, log, picture, tmp_path, variant, flags, words):
+def test_what_a_variant_cannot_do_is_refused_before_loading(wan_folder, log, picture, tmp_path, variant, flags, words):
     flags = [picture if flag == "PICTURE" else flag for flag in flags]
     with pytest.raises(ValueError, match=words):
-        sample.main(sample.parse_args(["--init", str(wan_folder(variant)), "--prompts", "a cat", "a dog", "--out", str(tmp_path / "out"), *flags]))
+        run("--init", wan_folder(variant), "--prompts", "a cat", "a dog", "--out", tmp_path / "out", *flags)
     assert log == [] and not (tmp_path / "out").exists()
 
 
-def test_what_is_no_picture_is_named(wan_folder, log, tmp_path):
+def test_a_file_that_is_not_a_picture_is_named(wan_folder, log, tmp_path):
     pytest.importorskip("PIL", reason="pictures need Pillow, which diffusers brings")
-    (tmp_path / "a.png").write_text("no picture")
+    (tmp_path / "a.png").write_text("text")
     with pytest.raises(ValueError, match="a.png: not a picture"):
-        sample.main(sample.parse_args(["--init", str(wan_folder("i2v")), "--prompts", "a cat", "--image", str(tmp_path / "a.png"),
-                                       "--out", str(tmp_path / "out")]))
+        run("--init", wan_folder("i2v"), "--prompts", "a cat", "--image", tmp_path / "a.png", "--out", tmp_path / "out")
     assert "load model" not in log
 
 
 def test_one_expert_alone_is_refused(wan_folder):
     root = wan_folder("t2v a14b")
     with pytest.raises(ValueError, match=f"one of two experts, which sample together; give {root}"):
-        sample.main(sample.parse_args(["--init", str(root / "low_noise_model"), "--prompts", "a cat"]))
+        run("--init", root / "low_noise_model", "--prompts", "a cat")
 
 
 @pytest.mark.parametrize("variant, made_for, change, words", [
@@ -265,26 +278,30 @@ def test_one_expert_alone_is_refused(wan_folder):
     ("i2v a14b", "i2v", {}, "the condition clip_features is .257, 8.; .* takes no such condition"),
     ("i2v a14b", "t2v", {}, "the condition y is missing; this i2v model .* takes .20, 2, 4, 2."),
     ("t2v", "ti2v", {}, "latents are .48, 2, 4, 2., of 48 channels; this t2v model has 16"),
-    ("ti2v", "ti2v", {"first_latent": torch.zeros(48, 2, 4, 2)}, "the condition first_latent is .48, 2, 4, 2.;.* takes .48, 1, 4, 2."),
-    ("t2v", "t2v", {"latents": torch.zeros(16, 2, 4, 3)}, "latents are .16, 2, 4, 3.; the model cuts F, H, W into patches of .1, 2, 2."),
-    ("t2v", "t2v", {"context": torch.zeros(3, 24)}, "context is .3, 24.; this t2v model takes at most 512 rows of width 20"),
+    ("ti2v", "ti2v", {"first_latent": torch.zeros(48, 2, 4, 2)},
+     "the condition first_latent is .48, 2, 4, 2.;.* takes .48, 1, 4, 2."),
+    ("t2v", "t2v", {"latents": torch.zeros(16, 2, 4, 3)},
+     "latents are .16, 2, 4, 3.; the model cuts F, H, W into patches of .1, 2, 2."),
+    ("t2v", "t2v", {"context": torch.zeros(3, 24)},
+     "context is .3, 24.; this t2v model takes at most 512 rows of width 20"),
 ])
-def test_samples_of_another_variant_are_refused_before_anything_is_loaded(wan_folder, log, tmp_path, variant, made_for, change, words):
+def test_samples_of_another_variant_are_refused_before_loading(wan_folder, log, tmp_path, variant, made_for, change,
+                                                               words):
     config = VARIANTS[made_for]
     shape = (config.out_dim, 2, 4, 2)
     tensors = {"latents": torch.zeros(shape), "context": torch.zeros(3, 20), **conditions_of(config, shape)} | change
     write_sample(tmp_path / "real" / "0.safetensors", metadata={}, **tensors)
     with pytest.raises(ValueError, match="0.safetensors: .*" + words):
-        sample.main(sample.parse_args(["--init", str(wan_folder(variant)), "--pairs", str(tmp_path)]))
+        run("--init", wan_folder(variant), "--pairs", tmp_path)
     assert log == []
 
 
 def test_ti2v_samples_with_and_without_a_first_frame_do_not_share_a_batch(wan_folder, tmp_path):
-    for i in range(2):
-        given = conditions_of(VARIANTS["ti2v"], (48, 2, 4, 2)) if i else {}
-        write_sample(tmp_path / "real" / f"{i}.safetensors", torch.zeros(48, 2, 4, 2), torch.zeros(3, 20), {}, **given)
-    command = ["--init", str(wan_folder("ti2v")), "--pairs", str(tmp_path), "--steps", "1"]
+    shape = (48, 2, 4, 2)
+    for i, conditions in enumerate(({}, conditions_of(VARIANTS["ti2v"], shape))):
+        write_sample(tmp_path / "real" / f"{i}.safetensors", torch.zeros(shape), torch.zeros(3, 20), {}, **conditions)
+    flags = ["--init", wan_folder("ti2v"), "--pairs", tmp_path, "--steps", 1]
     with pytest.raises(ValueError, match="1.safetensors has .*first_latent.*use --batch_size 1"):
-        sample.main(sample.parse_args([*command, "--batch_size", "2"]))
-    sample.main(sample.parse_args(command))                                    # one at a time, as is the default of Wan models
+        run(*flags, "--batch_size", 2)
+    run(*flags)                                                                # one at a time, Wan's default
     assert len(open_data(tmp_path, pairs=True)) == 2
