@@ -1,6 +1,6 @@
 """
-A run's step folder, opened without trust, by ranks or by one process. A checkpoint may come from anyone, and torch keeps
-its index, and whatever in it is not a tensor, as pickles: Reader and Planner let nothing through that could call code.
+A run's step folder, opened without trust, by ranks or by one process. A checkpoint may come from anyone, and torch
+keeps its index, and whatever in it is not a tensor, as pickles: Reader and Planner refuse what could call code.
 """
 import pickle
 import warnings
@@ -50,7 +50,7 @@ class Reader(dcp.FileSystemReader):
 
 
 class Planner(DefaultLoadPlanner):
-    """What is not a tensor (AdamW's flags) is a pickle, which torch reads with weights_only=False: here, not if unsafe."""
+    """Refuses pickled numbers (AdamW's flags) that weights_only=True does not read; torch itself reads them without it."""
     def load_bytes(self, read_item, value):
         torch.load(value, weights_only=True)
         value.seek(0)

@@ -150,11 +150,14 @@ def find_weights(path):
     for shard in sorted(set(weight_map.values())):
         if not (path / shard).is_file():
             raise ValueError(f"{indices[0]} names {shard}, which is not there: the copy or download is not complete")
-        names = [name for name in weight_map if weight_map[name] == shard]
-        absent = set(names) - set(open_safetensors(path / shard).keys())
-        if absent:
-            raise ValueError(f"{path / shard}: no tensor {min(absent)}, though {indices[0].name} says so")
-        files |= dict.fromkeys(names, path / shard)
+        expected = {name for name in weight_map if weight_map[name] == shard}
+        stored = set(open_safetensors(path / shard).keys())
+        if expected - stored:
+            raise ValueError(f"{path / shard}: no tensor {min(expected - stored)}, though {indices[0].name} says so")
+        if stored - expected:
+            raise ValueError(f"{path / shard}: tensor {min(stored - expected)} is in this shard, though "
+                             f"{indices[0].name} does not say so; copy or download the checkpoint again")
+        files |= dict.fromkeys(sorted(expected), path / shard)
     return files
 
 
@@ -180,11 +183,14 @@ def read_settings(file):
 
 
 def open_tensors(path):
-    """{our name: lazy slice}, {our name: its file} of a public checkpoint. Refuses 8-bit and scaled files."""
+    """
+    {our name: lazy slice}, {our name: its file} of a public checkpoint. ValueError for 8-bit and scaled files, and for
+    a tensor that is there under two names.
+    """
     files = find_weights(path)
     handles = {file: open_safetensors(file) for file in set(files.values())}
     is_diffusers = any(name.startswith("condition_embedder.") for name in files)
-    tensors, where = {}, {}
+    tensors, where, names = {}, {}, {}                                   # by our names
     for name, file in files.items():
         tensor = handles[file].get_slice(name)
         if tensor.get_dtype() not in TORCH_DTYPES or re.search("scale_weight|scale_input|weight_scale", name):
@@ -192,8 +198,12 @@ def open_tensors(path):
                              "scales are not applied here and their steps are too coarse to train from; "
                              "use the bf16, fp16 or fp32 file")
         ours = rename(name, ORIGINAL_NAMES) if is_diffusers else name.removeprefix(COMFYUI_PREFIX)
-        if not ours.endswith("attn2.norm_added_q.weight"):               # in some old diffusers files; no code uses it
-            tensors[ours], where[ours] = tensor, file
+        if ours.endswith("attn2.norm_added_q.weight"):                   # in some old diffusers files; no code uses it
+            continue
+        if ours in tensors:
+            raise ValueError(f"{file}: {name} and {names[ours]} (in {where[ours].name}) are two tensors for one "
+                             "parameter; which one counts is not clear, keep one of them")
+        tensors[ours], where[ours], names[ours] = tensor, file, name
     return tensors, where
 
 
@@ -355,7 +365,7 @@ def save_wan(model, path, format="original", config=None, dtype=None, max_shard_
 # which model, and which expert
 
 def locate_weights(path, flag="--init"):
-    """The path as given, or inside this repository (toy_base, from any folder), as text. ValueError if there is none."""
+    """The path as given, or inside this repository (toy_base, from any folder), as text. ValueError if nowhere."""
     for candidate in (Path(path), HERE / path):
         if candidate.exists():
             return str(candidate)

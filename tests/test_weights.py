@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import weakref
 from pathlib import Path
@@ -489,6 +490,11 @@ BAD_FOLDERS = {
         lambda folder: (folder / "transformer_2").mkdir(),
         r"holds two experts: give .*transformer \(high noise\)"),
 }
+TWICE = {                                                                 # format, another name for blocks.1.ffn.0.bias
+    "with and without the prefix": ("original", "model.diffusion_model.blocks.1.ffn.0.bias"),
+    "without and with the prefix": ("comfyui", "blocks.1.ffn.0.bias"),
+    "diffusers' and the original name": ("diffusers", "blocks.1.ffn.0.bias"),
+}
 BAD_SHARDS = {
     "a shard that is not there": (
         lambda folder: (folder / SHARD).unlink(), rf"index.json names {SHARD}, which is not there"),
@@ -510,6 +516,32 @@ def test_a_bad_checkpoint_is_refused_with_the_reason(name, tiny, tmp_path):
     damage(tmp_path / "folder")
     with pytest.raises(ValueError, match=message):
         load_wan(tmp_path / "folder")
+
+
+@pytest.mark.parametrize("same_value", [False, True])
+@pytest.mark.parametrize("case", TWICE)
+def test_a_tensor_under_two_names_is_refused(case, same_value, tiny, tmp_path):
+    format, name = TWICE[case]
+    path = path_for(tmp_path, format)
+    save_wan(tiny, path, format)
+    file = path if format == "comfyui" else path / WHOLE
+    tensors = load_file(file)
+    first = weights.public_name("blocks.1.ffn.0.bias", format)
+    tensors[name] = tensors[first] + (0 if same_value else 1)
+    save_file(tensors, file)
+    names = "|".join(f"{re.escape(a)} and {re.escape(b)} " for a, b in ((first, name), (name, first)))
+    with pytest.raises(ValueError, match=rf"{file.name}: ({names}).*are two tensors for one parameter"):
+        load_wan(path, CONFIGS["tiny"])
+
+
+@pytest.mark.parametrize("name", ["blocks.1.ffn.0.bias", "model.diffusion_model.blocks.1.ffn.0.bias", "left.over"])
+def test_a_tensor_in_a_shard_that_the_index_gives_to_another_or_to_none_is_refused(name, tiny, tmp_path):
+    save_wan(tiny, tmp_path, max_shard_bytes=10**6)
+    shard = SHARD.replace("00002", "00005")
+    assert "blocks.1.ffn.0.bias" not in load_file(tmp_path / shard)
+    save_file(load_file(tmp_path / shard) | {name: torch.zeros(512)}, tmp_path / shard)
+    with pytest.raises(ValueError, match=f"{shard}: tensor {name} is in this shard, though .*index.json does not say"):
+        load_wan(tmp_path)
 
 
 @pytest.mark.parametrize("extra", [{}, {"scaled_fp8": FP8[:2], "blocks.0.ffn.0.scale_weight": torch.ones(1)}])
