@@ -50,7 +50,7 @@ class Reader(dcp.FileSystemReader):
 
 
 class Planner(DefaultLoadPlanner):
-    """Refuses pickled numbers (AdamW's flags) that weights_only=True does not read; torch itself reads them without it."""
+    """Refuses pickled values (AdamW's flags) that weights_only=True does not read; torch reads them without that."""
     def load_bytes(self, read_item, value):
         torch.load(value, weights_only=True)
         value.seek(0)
