@@ -47,8 +47,8 @@ PACKAGES = {
 
 # What does not hold yet; empty when the redesign is done.
 WIDE = """
-    data.py fsdp_utils.py memory.py model.py run_folder.py step_folder.py train_spo.py wan_encoders.py
-    weights.py benchmarks/bench.py benchmarks/block.py benchmarks/dry_run.py benchmarks/ladder.py
+    data.py fsdp_utils.py memory.py model.py run_folder.py train_spo.py wan_encoders.py
+    benchmarks/bench.py benchmarks/block.py benchmarks/dry_run.py benchmarks/ladder.py
     benchmarks/load_memory.py benchmarks/spo_steps.py experiments/compare.py experiments/reading.py
     experiments/report.py experiments/run.py experiments/variants.py tests/make_golden.py
     tests/test_bench.py tests/test_data.py tests/test_dry_run.py tests/test_evaluate.py
