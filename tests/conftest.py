@@ -262,12 +262,16 @@ def same_run(one, other, numbers=1e-3, weights=1e-4):
     assert 1e-4 * base.norm() < (b - base).norm() and (a - b).norm() <= 1e-2 * (b - base).norm()
 
 
+def one_step(world, out, *flags):
+    """Arguments of train.py: one step of four pairs of `world`. flags: more of them, which win."""
+    return ["--init", str(world / "base"), "--data", str(world / "data"), "--out", str(out),
+            "--steps", "1", "--batch_size", "4", *flags]
+
+
 def main_fails(world, tmp_path, *flags):
     """The message of the ValueError that train.py raises with these flags, in this process."""
-    argv = ["--init", str(world / "base"), "--data", str(world / "data"), "--out", str(tmp_path / "out"),
-            "--steps", "1", "--batch_size", "4", *flags]
     with pytest.raises(ValueError) as error:
-        train_main(argv)
+        train_main(one_step(world, tmp_path / "out", *flags))
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
     return str(error.value)
