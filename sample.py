@@ -181,12 +181,6 @@ class Sampler:
         """Does any step have a negative branch?"""
         return self.guidance != 1 or self.low_guidance not in (0, 1)
 
-    def settings(self):
-        """{name: text} for metadata; what is newer than the first negatives is left out at its default."""
-        always = ("steps", "flow_shift", "guidance")
-        return {name: str(value) for name, value in vars(self).items()
-                if name in always or value != getattr(Sampler, name)}
-
 
 def plan_steps(sampler):
     """The solver's function, the n + 1 sigmas that it visits, descending to 0, and the n timesteps for the model."""
@@ -201,8 +195,8 @@ def plan_steps(sampler):
 
 def call_model(model, x, timestep, context, first_latent=None, **conditions):
     """
-    The model's answer for x (B, C, F, H, W) at timestep (B,), with its context (B, T, D) and conditions (B, ...).
-    With first_latent (B, C, 1, H, W) frame 0 is given, clean and at timestep 0; its velocity means nothing.
+    The model's answer for x (B, C, F, H, W) at timestep (B,) with context (B, T, D) and conditions (B, ...). Frame 0 is
+    first_latent (B, C, 1, H, W) where that is given, clean and at timestep 0; its velocity means nothing.
     """
     if first_latent is not None:
         x, timestep = hold_first_frame(x, timestep, first_latent, model.config.patch_size)
@@ -239,13 +233,15 @@ def generate(model, context, seeds, shape, sampler, negative=None, low=None, dev
     padded = torch.nn.utils.rnn.pad_sequence([*rows, one_row], batch_first=True)[:-1].to(device)   # (B or 2B, T, D)
     branches = 2 if sampler.guided else 1
     conditions = {name: torch.cat([value] * branches).to(device) for name, value in conditions.items()}
-    expert, guidance = model, sampler.guidance
+    expert = model
+    guidance = sampler.guidance
 
     def velocity(x, i):
         nonlocal expert, guidance
         if i >= high_steps and expert is model:
             model.to("cpu")   # before the other is there: the two may be too large together
-            expert, guidance = low().to(device), sampler.low_guidance or guidance
+            expert = low().to(device)
+            guidance = sampler.low_guidance or guidance
         timestep = torch.full((branches * len(x),), timesteps[i], dtype=torch.float32, device=device)
         v = call_model(expert, torch.cat([x] * branches), timestep, padded, **conditions)
         if not sampler.guided:
@@ -273,9 +269,14 @@ SETTINGS = {"model", "seed", "negative_prompt", *Sampler.__dataclass_fields__}  
 
 
 def negative_settings(model_name, sampler, seed=0, negative_prompt=""):
-    """What negatives are made with, {name in SETTINGS: text}, for their metadata. model_name names the weights."""
-    settings = {"model": model_name, "seed": str(seed)} | sampler.settings()
-    return settings | ({"negative_prompt": negative_prompt} if negative_prompt else {})
+    """
+    What negatives are made with, {name: text}, for their metadata. model_name names the weights. Settings that the
+    first negatives did not name are left out at their defaults, so that those stay valid.
+    """
+    always = ("model", "seed", "steps", "flow_shift", "guidance")
+    defaults = vars(Sampler()) | {"negative_prompt": ""}
+    settings = {"model": model_name, "seed": seed, **vars(sampler), "negative_prompt": negative_prompt}
+    return {name: str(value) for name, value in settings.items() if name in always or value != defaults[name]}
 
 
 def missing_negatives(folder, settings, name="negatives", per_sample=1, rank=0, world=1):
@@ -410,26 +411,25 @@ def fill_defaults(args, config, two_experts):
         from wan_encoders import NEGATIVE_PREFIX, NEGATIVE_PROMPT
         args.negative_prompt = NEGATIVE_PREFIX.get(variant, "") + NEGATIVE_PROMPT
 
-    checks = {name: (getattr(args, name) > 0, "a number above 0") for name in
-              ("steps", "flow_shift", "fps", "batch_size", "per_sample")}
-    checks["solver"] = args.solver in SOLVERS, " or ".join(SOLVERS)
-    checks["renoise"] = (0 < args.renoise < 1 and args.pairs or args.renoise == 1,
-                         "a sigma above 0, at most 1, and --pairs, whose real clips are noised")
-    checks["boundary"] = (0 < args.boundary < 1 or not two_experts,
-                          "a sigma between 0 and 1; 0.875 for Wan2.2-T2V-A14B, 0.9 for Wan2.2-I2V-A14B")
-    for name, (fine, expected) in checks.items():
-        if not fine:
-            raise ValueError(f"--{name} {getattr(args, name)}: expected {expected}")
+    for name in ("steps", "flow_shift", "fps", "batch_size", "per_sample"):
+        if not getattr(args, name) > 0:
+            raise ValueError(f"--{name} {getattr(args, name)}: expected a number above 0")
+    if args.solver not in SOLVERS:
+        raise ValueError(f"--solver {args.solver}: expected {' or '.join(SOLVERS)}")
+    if not 0 < args.renoise <= 1 or (args.renoise < 1 and args.prompts):
+        raise ValueError(f"--renoise {args.renoise}: expected a sigma above 0, at most 1; below 1 with --pairs only")
+    if two_experts and not 0 < args.boundary < 1:
+        raise ValueError(f"--boundary {args.boundary}: expected a sigma between 0 and 1, as 0.875 (t2v) or 0.9 (i2v)")
 
 
 def image_files(args, config, count):
     """--image and --last_image as (first, last) for each of `count` prompts, "" where the model needs none."""
-    kind, columns = config.model_type, []
+    kind = config.model_type
+    columns = []
     for flag, files, taken_by, needed_by in (("--image", args.image, ("i2v", "flf2v", "ti2v"), ("i2v", "flf2v")),
                                              ("--last_image", args.last_image, ("flf2v",), ("flf2v",))):
         if files and kind not in taken_by:
-            raise ValueError(f"{flag}: {args.init} is a {kind} model and takes no picture here; only "
-                             f"{' and '.join(taken_by)} models do")
+            raise ValueError(f"{flag}: {args.init} is a {kind} model, takes no picture; only {', '.join(taken_by)} do")
         if not files and kind in needed_by:
             raise ValueError(f"{flag} is missing: {args.init} is a model of type {kind} and needs it for every video")
         if len(files) not in (0, 1, count):
@@ -456,12 +456,13 @@ def make_videos(args, config, sampler, high, low):
     """
     from encode import check_clip, decode_samples, open_codecs, read_prompts
     from video import read_image
-    codecs, out = open_codecs(config, args.weights, args.device), Path(args.out)
+    codecs = open_codecs(config, args.weights, args.device)
     check_clip(codecs, args.frames, args.size)
     rows, columns = (side // (codecs.multiple // config.patch_size[1]) for side in args.size)
     shape = (config.out_dim, (args.frames - 1) // codecs.frame_step + 1, rows, columns)
     prompts = read_prompts(args.prompts)
     images = image_files(args, config, len(prompts))
+    out = Path(args.out)
     numbers = list(range(len(prompts)))[args.rank::args.world]
     targets = {number: out / f"{number:05d}.safetensors" for number in numbers}   # other ranks may be writing theirs
     if any(target.exists() for target in targets.values()):
@@ -480,20 +481,19 @@ def make_videos(args, config, sampler, high, low):
     codecs.free("text")
 
     model, load_low = load_models(high, low, args.device)
-    metadata = {"source": f"generated by {args.init}", "encoder": codecs.name, "fps": args.fps, "solver": args.solver,
-                **sampler.settings()}
+    metadata = {"source": f"generated by {args.init}", "encoder": codecs.name, "fps": args.fps, **vars(sampler)}
     for start in tqdm(range(0, len(numbers), args.batch_size), desc="videos", disable=args.rank != 0):
         batch = numbers[start:start + args.batch_size]
         seeds = [seed_of(args.seed, number) for number in batch]
-        given = [conditions.get(images[number], {}) for number in batch]
-        stacked = {name: torch.stack([tensors[name] for tensors in given]) for name in given[0]}
+        tensors = [conditions.get(images[number], {}) for number in batch]   # one {name: tensor} a video
+        stacked = {name: torch.stack([video[name] for video in tensors]) for name in tensors[0]}
         context = [contexts[number] for number in batch]
         latents = generate(model, context, seeds, shape, sampler, negative, load_low, **stacked)
-        for number, value, noise_seed in zip(batch, latents, seeds):
-            description = {"prompt": prompts[number], "noise_seed": noise_seed, **metadata}
-            write_sample(targets[number], value, contexts[number], description)
+        for number, value, seed in zip(batch, latents, seeds):
+            kept = metadata | {"prompt": prompts[number], "noise_seed": seed}
+            write_sample(targets[number], value, contexts[number], kept)
     del model, load_low
-    sheet = f"contact_sheet_{args.rank}.png" if args.world > 1 else "contact_sheet.png"
+    sheet = "contact_sheet.png" if args.world == 1 else f"contact_sheet_{args.rank}.png"
     decode_samples(codecs, targets.values(), out, args.fps, sheet, progress=args.rank == 0)
     print(f"rank {args.rank}: {len(numbers)} of {len(prompts)} videos and a contact sheet in {out}", flush=True)
 
@@ -525,7 +525,8 @@ def main(args):
         raise ValueError("--image, --last_image, --frames and --size are for --prompts; with --pairs real/ says them")
     check_text("--init", args.init)
     check_text("--negative_prompt", args.negative_prompt)
-    args.rank, args.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))   # no process group
+    args.rank = int(os.environ.get("RANK", 0))   # ranks work alone, without a process group
+    args.world = int(os.environ.get("WORLD_SIZE", 1))
     args.device = torch.device("cpu")
     if torch.cuda.is_available():
         args.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))

@@ -237,7 +237,7 @@ def test_a_rank_of_torchrun_takes_its_gpu_before_anything_allocates(wan_folder, 
 @pytest.mark.parametrize("variant, flags, words", [
     ("i2v", [], "--image is missing.*i2v"),
     ("flf2v", ["--image", "PICTURE"], "--last_image is missing"),
-    ("t2v", ["--image", "PICTURE"], "--image: .*takes no picture"),
+    ("t2v", ["--image", "PICTURE"], "--image: .*takes no picture; only i2v, flf2v, ti2v do"),
     ("i2v", ["--image", "PICTURE", "--last_image", "PICTURE"], "--last_image: .*only flf2v"),
     ("t2v", ["--last_image", "PICTURE"], "--last_image: .*only flf2v"),
     ("i2v", ["--image", "nowhere.png"], "--image nowhere.png: no such file"),
