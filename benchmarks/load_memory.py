@@ -1,12 +1,13 @@
 """
-How much memory a rank takes while a large checkpoint is loaded (policy, reference and average, each read from the same files), and one process while
-it exports what the ranks have saved.
+Measure the memory of a rank while it loads a large checkpoint (policy, reference and average, each from the same
+files), and of one process while it exports what the ranks have saved.
 
     python benchmarks/load_memory.py --gib 1 --ranks 8 > benchmarks/load_memory.md
 
-Writes a random float32 checkpoint in shards, starts the ranks on this machine (gloo) and lets each call train.build_model three times, as train.py does.
-Two figures, because the files are mapped into memory: pages of a mapped file count as resident until the kernel wants them back, so VmHWM is an
-upper bound; RssAnon, which is read every millisecond, is what the process has allocated itself and cannot be taken from it.
+Writes a random float32 checkpoint in shards, starts the ranks on this machine (gloo), and lets each call
+fsdp_utils.build_model three times, as train.py does. There are two figures, because the files are mapped into memory:
+pages of a mapped file count as resident until the kernel wants them back, so VmHWM is an upper bound; RssAnon, read
+every millisecond, is what the process has allocated itself and cannot be taken from it.
 """
 import argparse
 import contextlib
@@ -32,13 +33,12 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import get_model_state_dict
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import train
-import weights
-from fsdp_utils import start_ranks
+from fsdp_utils import build_model, start_ranks
 from model import WanConfig, WanModel
-from weights import save_wan
+from weights import export_weights, open_wan, save_wan
 
 MIB = 2 ** 20
+OPTIONS = {"policy": {"trained": True}, "reference, offloaded": {"offload": True}, "average": {}}    # of build_model
 
 
 def status(field):
@@ -47,11 +47,11 @@ def status(field):
 
 
 class Peak:
-    """Growth while it is open: `anonymous` (peak RssAnon), `resident` (peak VmHWM), `held` (RssAnon at the end), in bytes."""
+    """Growth while it is open, in bytes: `anonymous` (peak RssAnon), `resident` (peak VmHWM), `held` (RssAnon, end)."""
     def __enter__(self):
         gc.collect()
-        ctypes.CDLL("libc.so.6").malloc_trim(0)                               # freed memory goes back, or its use again would not show as growth
-        Path("/proc/self/clear_refs").write_text("5")                         # VmHWM starts anew
+        ctypes.CDLL("libc.so.6").malloc_trim(0)    # freed memory goes back, or using it again would not show as growth
+        Path("/proc/self/clear_refs").write_text("5")                         # VmHWM starts from here
         self.before, self.open = (status("RssAnon"), status("VmRSS")), True
         self.anonymous, self.thread = 0, threading.Thread(target=self.watch)
         self.thread.start()
@@ -70,78 +70,105 @@ class Peak:
 
 
 def config_of(gib):
-    """A model of about this size in float32: blocks of 64 MiB behind 50 MiB of everything else."""
-    return WanConfig(dim=1024, ffn_dim=4096, num_heads=8, num_layers=max(1, round((gib * 1024 - 50) / 64)), in_dim=16, out_dim=16)
+    """A model of about this size in float32: blocks of 64 MiB, and 50 MiB of everything else."""
+    layers = max(1, round((gib * 1024 - 50) / 64))
+    return WanConfig(dim=1024, ffn_dim=4096, num_heads=8, num_layers=layers, in_dim=16, out_dim=16)
 
 
 def write_checkpoint(config, folder, shard_bytes):
-    """Random weights, one tensor in memory at a time. Returns the bytes."""
+    """Write random weights, with one tensor in memory at a time. Returns the bytes."""
     with torch.device("meta"):
         model = WanModel(config)
-    save_wan(model, folder, max_shard_bytes=shard_bytes, read=lambda name: 0.02 * torch.randn(model.state_dict()[name].shape))
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    save_wan(model, folder, max_shard_bytes=shard_bytes, read=lambda name: 0.02 * torch.randn(shapes[name]))
     return sum(4 * p.numel() for p in model.parameters())
 
 
-def load(rank, world, port, init, saved=""):
-    """On one rank: the three models that training holds. Returns {part: (anonymous, resident, held)} in bytes. saved: folder for a checkpoint of them."""
+def load(rank, world_size, port, init, saved=""):
+    """
+    Load the three models that training holds, on one rank; init "scratch": draw one of 1 GiB.
+    Returns {part: (anonymous, resident, held)} in bytes. saved: a folder to save a checkpoint of the models in.
+    """
     torch.set_num_threads(1)
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    ranks, args = start_ranks(), train.parse_args(["--init", init, "--loss", "sft"])
-    config = weights.find_model(init)[0] if init != "scratch" else config_of(1)
-    found, models = {}, []
-    for part, options in (("policy", {}), ("reference, offloaded", {"offload": True}), ("average", {})):
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = start_ranks()
+    config = config_of(1) if init == "scratch" else open_wan(init)[0]
+    figures, models = {}, {}
+    for part in list(OPTIONS)[:1 if init == "scratch" else 3]:
         with Peak() as peak:
-            models.append(train.build_model(args.init, config, ranks, **options))
-        found[part] = (peak.anonymous, peak.resident, peak.held)
-        if init == "scratch":
-            break
+            models[part] = build_model(init, config, ranks, **OPTIONS[part])
+        figures[part] = (peak.anonymous, peak.resident, peak.held)
     if saved:
-        dcp.save({"model": get_model_state_dict(models[0]), "ema": get_model_state_dict(models[2])}, checkpoint_id=saved)
+        state = {"model": get_model_state_dict(models["policy"]), "ema": get_model_state_dict(models["average"])}
+        dcp.save(state, checkpoint_id=saved)
     dist.barrier()
     dist.destroy_process_group()
-    return found
+    return figures
 
 
 def export(folder):
     """Peak RssAnon, in bytes, of writing the average in folder/step as one ComfyUI file."""
     with Peak() as peak, contextlib.redirect_stdout(None):
-        weights.export_weights(Path(folder, "step"), Path(folder, "export.safetensors"), "comfyui")
+        export_weights(Path(folder, "step"), Path(folder, "export.safetensors"), "comfyui")
     return peak.anonymous
 
 
 def on_ranks(pools, init, saved=""):
+    """What load() returns on each of the pools, a rank each."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    return [job.result(timeout=300) for job in [pool.submit(load, rank, len(pools), port, init, saved) for rank, pool in enumerate(pools)]]
+    jobs = [pool.submit(load, rank, len(pools), port, init, saved) for rank, pool in enumerate(pools)]
+    return [job.result(timeout=300) for job in jobs]
+
+
+def mib(nbytes):
+    return f"{nbytes / MIB:.0f}"
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    p.add_argument("--gib", type=float, default=1.0, help="size of the checkpoint")
-    p.add_argument("--ranks", type=int, default=8)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                allow_abbrev=False)
+    p.add_argument("--gib", type=float, default=1.0, help="size of the checkpoint, in GiB")
+    p.add_argument("--ranks", type=int, default=8, help="processes that load it")
     args = p.parse_args()
+    spawn = multiprocessing.get_context("spawn")
+    pools = [ProcessPoolExecutor(1, mp_context=spawn) for _ in range(args.ranks)]
     with tempfile.TemporaryDirectory() as folder:
         nbytes = write_checkpoint(config_of(args.gib), folder, 200 * MIB)
-        pools = [ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) for _ in range(args.ranks)]
-        found, files = on_ranks(pools, folder, f"{folder}/step"), len(list(Path(folder).glob("*.safetensors")))
+        rows = on_ranks(pools, folder, f"{folder}/step")
+        files = len(list(Path(folder).glob("*.safetensors")))
         Path(folder, "step", "meta.json").write_text(json.dumps({"config": asdict(config_of(args.gib))}))
         exported = pools[0].submit(export, folder).result()
-    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()).group(1)
-    print(f"# Memory of a rank while a checkpoint is loaded\n\n`python benchmarks/load_memory.py --gib {args.gib:g} --ranks {args.ranks}`, torch {torch.__version__}, "
-          f"Python {platform.python_version()}, {cpu}, {os.cpu_count()} cores\n")
-    print(f"The checkpoint: {nbytes / MIB:.0f} MiB of float32 in {files} shards; one rank's share is {nbytes / MIB / args.ranks:.0f} MiB. Figures in MiB, growth over what the "
-          "rank had before: the peak of what it allocated itself (RssAnon), the peak with mapped pages of the files (VmHWM; one copy serves all ranks, the kernel maps neighbours of what is read, and can take them back), and what stays.\n")
-    print("| rank | " + " | ".join(f"{part}: RssAnon, VmHWM, stays" for part in found[0]) + " |\n| --- |" + " --- |" * len(found[0]))
-    for rank, row in enumerate(found):
-        print(f"| {rank} | " + " | ".join(", ".join(f"{value / MIB:.0f}" for value in figures) for figures in row.values()) + " |")
-    worst = max(value[0] for row in found for value in row.values())
-    print(f"\nLargest RssAnon peak of one load: {worst / MIB:.0f} MiB, {100 * worst / nbytes:.0f} % of the checkpoint.\n\nExport of the average from the step folder "
-          f"of these {args.ranks} ranks to one ComfyUI file, float32, by one process: RssAnon peak {exported / MIB:.0f} MiB.")
-    scratch = on_ranks(pools[:1], "scratch")[0]["policy"]
-    print(f"\n`--init scratch` is another matter: every rank draws the whole model and then keeps its share. Peak for 1 GiB: {scratch[0] / MIB:.0f} MiB.")
+    scratch = on_ranks(pools[:1], "scratch")[0]["policy"][0]
     for pool in pools:
         pool.shutdown()
+
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text()).group(1)
+    worst = max(anonymous for row in rows for anonymous, _, _ in row.values())
+    print(f"""# Memory of a rank while a checkpoint is loaded
+
+`python benchmarks/load_memory.py --gib {args.gib:g} --ranks {args.ranks}`, torch {torch.__version__}, \
+Python {platform.python_version()}, {cpu}, {os.cpu_count()} cores
+
+The checkpoint: {mib(nbytes)} MiB of float32 in {files} shards; one rank's share is {mib(nbytes / args.ranks)} MiB. \
+Figures in MiB, growth over what the rank had before: the peak of what it allocated itself (RssAnon), the peak with \
+mapped pages of the files (VmHWM; one copy serves all ranks, the kernel maps neighbours of what is read, and can take \
+them back), and what stays.
+
+| rank | {" | ".join(f"{part}: RssAnon, VmHWM, stays" for part in rows[0])} |
+| --- |{" --- |" * len(rows[0])}""")
+    for rank, row in enumerate(rows):
+        print(f"| {rank} | " + " | ".join(", ".join(map(mib, figures)) for figures in row.values()) + " |")
+    print(f"""
+Largest RssAnon peak of one load: {mib(worst)} MiB, {100 * worst / nbytes:.0f} % of the checkpoint.
+
+Export of the average from the step folder of these {args.ranks} ranks to one ComfyUI file, float32, by one process: \
+RssAnon peak {mib(exported)} MiB.
+
+`--init scratch` is another matter: every rank draws the whole model and then keeps its share. \
+Peak for 1 GiB: {mib(scratch)} MiB.""")
 
 
 if __name__ == "__main__":
