@@ -197,7 +197,7 @@ RULES = (same_pairs, not_finite, separable, runs_from_both, collapsed, too_fast,
 
 class Watch:
     """
-    The rules, applied row by row while a run goes on; watch(row) returns the verdicts that are new.
+    The rules, applied row by row while a run is under way; watch(row) returns the verdicts that are new.
 
     rows: those that the log holds already (after a resume), with the verdicts in them, which are not given again.
     """

@@ -103,7 +103,7 @@ def probe(accuracy, ref=(0.1, 0.3)):
     return {"probe": {"sigma": [0.7, 0.9], "accuracy": [accuracy] * 2, "ref_err_win": list(ref)}}
 
 
-def test_a_probe_that_stays_behind_the_pairs_trained_on_means_learning_by_heart():
+def test_a_probe_that_stays_far_below_the_pairs_trained_on_means_learning_by_heart():
     trained = {"accuracy": 0.97, "lose_gap": 0.1}
     assert list(told(lambda step: trained | (probe(0.55) if step % 50 == 49 else {}))) == ["by_heart"]
     assert told(lambda step: trained | (probe(0.85) if step % 50 == 49 else {})) == {}

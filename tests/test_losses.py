@@ -600,7 +600,7 @@ def test_metrics_are_detached_and_one_number_per_pair(name):
 
 @every_offline_loss
 def test_errors_that_are_not_one_number_per_pair_are_refused(name):
-    # (B, W) from a mean over too few axes; (B, 1) beside (B,), which would broadcast to (B, B)
+    # (B, W) from a mean over too few axes; (B, 1) next to (B,), which would broadcast to (B, B)
     with pytest.raises(AssertionError, match=r"\(B,\)"):
         run_loss(name, [x[:, None].expand(6, 6) for x in errors()])
     if name != "sft":

@@ -59,7 +59,7 @@ def test_resuming_from_an_older_step_rewrites_the_log_from_there(world, one_rank
     run(world, tmp_path / "out", "--keep", "1", "--steps", "3")
     run(world, tmp_path / "out", "--keep", "3", "--resume", "latest")
     with open(tmp_path / "out" / "log.jsonl", "a") as log:
-        log.write('{"step": 6, "by_sigma": {"err_win": [1]}')   # a kill in the middle of a row, behind a bracket
+        log.write('{"step": 6, "by_sigma": {"err_win": [1]}')   # a kill in the middle of a row, after a bracket
     run(world, tmp_path / "out", "--resume", str(tmp_path / "out" / "step_000003"), "--steps", "4", "--keep", "1")
     # the new one is not pruned for being lower than step_000006
     assert (tmp_path / "out" / "latest").read_text() == "step_000004\n"
