@@ -1,8 +1,9 @@
 """
 Preference objectives for rectified-flow models: pure functions of per-video numbers. Each one works when copied alone.
 
-Flow       x_sigma = (1 - sigma) * latents + sigma * noise,   v_target = noise - latents,   sigma in [0, 1], 1 = noise,
-           so that latents = x_sigma - sigma * v and noise = x_sigma + (1 - sigma) * v. A model gets 1000 * sigma.
+Flow       x_sigma = (1 - sigma) * latents + sigma * noise,   v_target = noise - latents,   with sigma in [0, 1] and
+           1 = pure noise, so that latents = x_sigma - sigma * v and noise = x_sigma + (1 - sigma) * v. The model gets
+           timestep = 1000 * sigma.
 Errors     err_win, err_lose (policy, with gradient), ref_err_win, ref_err_lose (frozen reference, without): all (B,),
            from flow_error. Both videos of a pair share sigma and noise; policy and reference see the same x_sigma,
            sigma and conditions.
