@@ -95,13 +95,45 @@ def open_dataset(args, config, ranks, pairs):
     """The dataset that --data names, checked against the model; with `pairs` a PairSet, else a SampleSet."""
     path = args.data
     if path == "toy":
-        if config.vae != "embedded" or config.text_dim != toy.TEXT_DIM:
-            raise ValueError(f"--model {args.model} with --data toy: the embedded world is for the tiny model; name a "
-                             "folder of encoded samples with --data")
+        check_toy_model(f"--model {args.model}", config)
         path = make_toy_data(args.init, config, ranks, sampler_of(args), args.toy_clips, pairs=pairs)
     dataset = open_data(path, pairs, args.bad_samples == "skip")
     check_samples(dataset.wins, config, together=args.batch_size // (ranks.data_ranks * args.grad_accum))
     return dataset
+
+
+def open_captions(args, config, ranks):
+    """What --data of train_spo.py names: captions with conditions and a size, checked against the model."""
+    if args.data == "toy":
+        check_toy_model(f"--init {args.init}", config)
+        return Captions(toy.TRAINED)
+    samples = open_data(args.data, pairs=False)
+    check_samples(samples.wins, config, together=args.batch_size // (ranks.data_ranks * args.grad_accum))
+    return samples
+
+
+def check_toy_model(flag, config):
+    if config.vae != "embedded" or config.model_type != "t2v" or config.text_dim != toy.TEXT_DIM:
+        raise ValueError(f"{flag} with --data toy: the embedded world is for the tiny model; name a folder of encoded "
+                         "samples with --data")
+
+
+class Captions:
+    """Captions of the embedded world as a dataset without clips: `win` is on the meta device and tells its shape."""
+    sources = ()
+
+    def __init__(self, captions):
+        self.captions = list(captions)
+
+    def __len__(self):
+        return len(self.captions)
+
+    def __getitem__(self, index):
+        caption = self.captions[index]
+        return {"win": torch.empty(SHAPE, device="meta"), "context": toy.encode_text(caption), "name": caption}
+
+    def fingerprint(self):
+        return f"{seed_of(self.captions):x}"
 
 
 # ------------------------------------------------------------------------------------------------------------------

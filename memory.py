@@ -65,7 +65,7 @@ def memory_gib(device):
 
 
 def memory_plan(args, config, parameters, tokens, videos, needs_ref, ranks, learning=1.0):
-    """What each rank will hold, as a line of text. videos: how many have their graph alive at once; learning: the share of parameters that are not frozen."""
+    """What each rank will hold, as a line of text. videos: how many have their graph alive at once, 0 where blocks are frozen; learning: the share of parameters that are not frozen."""
     shard = 4 * parameters / ranks.mesh.shape[-1] / 2 ** 30                    # float32
     cpu = " (CPU)" if args.offload_params else ""
     where = {"live": "", "offload": " (CPU)", "cached": " while it is scored, then 0"}[args.ref]
@@ -74,7 +74,7 @@ def memory_plan(args, config, parameters, tokens, videos, needs_ref, ranks, lear
     parts += [f"ema {shard:.3f}{cpu}"] if args.ema_decay else []
     size = 2 if ranks.device.type == "cuda" else 4                             # bytes of a number in the matrices
     kept = kept_bytes(config, args.checkpointing, args.offload_activations, size)
-    kept *= videos * (args.loss != "preference") * config.num_layers * -(-tokens // ranks.cp_size) * config.dim / 2 ** 30    # its blocks are frozen
+    kept *= videos * config.num_layers * -(-tokens // ranks.cp_size) * config.dim / 2 ** 30
     parts += [f"kept activations {kept:.3f}{' (CPU)' * args.offload_activations}"]
     return f"memory per rank in GiB: {', '.join(parts)}; on top what backward makes of one block at a time"
 

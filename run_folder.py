@@ -137,7 +137,7 @@ def describe_run(args, dataset, tokens, start, ranks, model, memory):
     )
     sharing = ranks.world // ranks.data_ranks
     if sharing > 1:
-        branches = "one branch each" if args.backward == "pair" else "both branches"
+        branches = "one branch each" if sharing > args.cp_size else "both branches"
         step += f" (one data rank: {sharing} ranks, {branches}, tokens over {args.cp_size})"
     epochs = (args.steps - start) * args.batch_size / len(dataset)
     return [f"{model}; {ranks.world} ranks on {ranks.device.type}, torch {torch.__version__}", memory, data,
@@ -530,10 +530,12 @@ def summarise(sums, margins, ranks):
     return row, sums
 
 
-def log_row(path, row, verdicts, show):
-    """Append a row to the log at path, print it if `show`, and print its verdicts."""
+SHOWN = ("loss", "accuracy", "margin", "win_gap", "lose_gap", "dgr", "err_win", "kept", "grad_norm", "seconds")
+
+
+def log_row(path, row, verdicts=(), show=True, shown=SHOWN):
+    """Append a row to the log at path, print what is in `shown` of it if `show`, and print its verdicts."""
     append_row(path, row)
-    shown = ("loss", "accuracy", "margin", "win_gap", "lose_gap", "dgr", "err_win", "kept", "grad_norm", "seconds")
     if show:
         numbers = "  ".join(f"{name} {row[name]:.4g}" for name in shown if name in row)
         print(f"step {row['step']:>5}  {numbers}", flush=True)

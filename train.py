@@ -517,6 +517,7 @@ def main(args, dataset=None):
     videos = per_rank * (2 if objective.reads_pairs and args.backward == "joint" else 1)
     if ranks.rank == 0:
         model = f"{args.model}: {parameters:,} parameters"
+        videos = 0 if objective.trains_scores else videos  # their blocks are frozen
         plan = memory_plan(args, config, parameters, tokens, videos, objective.needs_ref, ranks, learning / parameters)
         print("\n".join(describe_run(args, dataset, tokens, start, ranks, model, plan)))
         if objective.reads_pairs and not args.resume:

@@ -15,11 +15,10 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import toy
-from data import collate
-from evaluate import SHAPE
+from evaluate import SHAPE, Captions
 from model import WanModel
 from sample import Sampler, generate
-from train_spo import parse_args, preference_score, roll_out, toy_score
+from train_spo import make_batch, parse_args, preference_score, roll_out, toy_score
 from weights import load_wan
 
 STEPS = 20                                                                     # the default of both samplers
@@ -66,12 +65,11 @@ def main():
     captions = toy.TRAINED[:flags.captions]
     texts = [toy.encode_text(caption) for caption in captions]
     positions = list(range(flags.captions))
-    batch = collate([{"context": text, "name": caption} for text, caption in zip(texts, captions)])
-    batch["positions"] = positions
+    batch = make_batch(list(Captions(captions)), positions, "cpu")
     args = parse_args(["--eta", "1"])                                          # 20 steps, pools of 4
 
     def roll(score, branch_from):
-        return roll_out(args, policy, score, batch, positions, 0, SHAPE, branch_from)
+        return roll_out(args, policy, score, batch, 0, branch_from)
 
     def no_judgement(x, sigma, batch):
         return x.flatten(1).sum(1)

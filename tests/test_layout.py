@@ -52,7 +52,6 @@ WIDE = [
     "memory.py",
     "model.py",
     "run_folder.py",
-    "train_spo.py",
     "wan_encoders.py",
     "benchmarks/bench.py",
     "benchmarks/block.py",
@@ -66,11 +65,9 @@ WIDE = [
     "tests/test_memory.py",
     "tests/test_model.py",
     "tests/test_parallel.py",
-    "tests/test_preference.py",
     "tests/test_previews.py",
     "tests/test_run_folder.py",
     "tests/test_run_folder_long.py",
-    "tests/test_spo.py",
     "tests/test_train_wan.py",
 ]
 LONG = [
