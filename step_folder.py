@@ -2,6 +2,7 @@
 A run's step folder, opened without trust, by ranks or by one process. A checkpoint may come from anyone, and torch
 keeps its index, and whatever in it is not a tensor, as pickles: Reader and Planner refuse what could call code.
 """
+import json
 import pickle
 import warnings
 from pathlib import Path
@@ -9,6 +10,8 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+
+from model import WanConfig
 
 # stored_weights reads without a process group on purpose
 warnings.filterwarnings("ignore", message="torch.distributed is disabled, unavailable or uninitialized")
@@ -80,3 +83,16 @@ def stored_weights(folder, which="auto"):
         return state[part + name]
 
     return tensors, read
+
+
+def stored_config(folder):
+    """The WanConfig of the model in a step folder. ValueError if the folder is not whole, or from another version."""
+    file = Path(folder) / "meta.json"
+    if not file.exists():
+        raise ValueError(f"{folder} holds no whole checkpoint (meta.json is missing); name another step folder")
+    try:
+        settings = json.loads(file.read_text(encoding="utf-8"))["config"]
+        return WanConfig(**settings | {"patch_size": tuple(settings["patch_size"])})
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(f"{file}: its config is not that of a model here ({error}); "
+                         "export it with the version of this code that trained it") from error

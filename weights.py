@@ -1,9 +1,6 @@
 """
 Wan weights on disk: public checkpoints in and out, which model a path holds, conversions and exports.
 
-    model = load_wan("Wan2.1-T2V-1.3B", dtype=torch.bfloat16, device="cuda")
-    save_wan(model, "mine/transformer", format="diffusers")
-
     python weights.py out/regdpo/step_000300 --format comfyui --dtype bfloat16 --out wan.safetensors
     python weights.py Wan2.1-T2V-1.3B --format diffusers --out mine/transformer
 
@@ -21,7 +18,7 @@ import os
 import re
 import struct
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
@@ -29,7 +26,7 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from model import CONFIGS, WanConfig, WanModel
-from step_folder import stored_weights
+from step_folder import stored_config, stored_weights
 
 HERE = Path(__file__).resolve().parent
 FORMATS = ("original", "diffusers", "comfyui")
@@ -45,14 +42,10 @@ BOUNDARIES = {"wan2.2-t2v-a14b": 875.0, "wan2.2-i2v-a14b": 900.0}
 # names
 
 DIFFUSERS_NAMES = {                                                      # original -> diffusers
-    "patch_embedding": "patch_embedding",
-    "head.head": "proj_out",
-    "head.modulation": "scale_shift_table",
-    "blocks.*.modulation": "blocks.*.scale_shift_table",
-    "blocks.*.norm3": "blocks.*.norm2",                                  # norm1 and norm2 have no weights
-    "blocks.*.ffn.0": "blocks.*.ffn.net.0.proj",
-    "blocks.*.ffn.2": "blocks.*.ffn.net.2",
-}
+    "patch_embedding": "patch_embedding", "head.head": "proj_out",
+    "head.modulation": "scale_shift_table", "blocks.*.modulation": "blocks.*.scale_shift_table",
+    "blocks.*.ffn.0": "blocks.*.ffn.net.0.proj", "blocks.*.ffn.2": "blocks.*.ffn.net.2",
+    "blocks.*.norm3": "blocks.*.norm2"}                                  # norm1 and norm2 have no weights
 for ours, theirs in {"text_embedding.0": "text_embedder.linear_1", "text_embedding.2": "text_embedder.linear_2",
                      "time_embedding.0": "time_embedder.linear_1", "time_embedding.2": "time_embedder.linear_2",
                      "img_emb.proj.0": "image_embedder.norm1", "img_emb.proj.4": "image_embedder.norm2",
@@ -163,8 +156,8 @@ def find_weights(path):
 
 def read_settings(file):
     """
-    What is said about the model by config.json next to `file`, or by the header of a single file from save_wan.
-    Returns {field of WanConfig or "model_type": value} ({} if nothing is), and the file that says it.
+    {field of WanConfig or "model_type": value} as config.json next to `file`, or the header of a single file from
+    save_wan, has them ({} where neither does); and the file that has them.
     """
     header, source = open_safetensors(file).metadata() or {}, file.parent / "config.json"
     if "wan_config" in header:
@@ -183,10 +176,7 @@ def read_settings(file):
 
 
 def open_tensors(path):
-    """
-    {our name: lazy slice}, {our name: its file} of a public checkpoint. ValueError for 8-bit and scaled files, and for
-    a tensor that is there under two names.
-    """
+    """{our name: lazy slice}, {our name: its file} of a public checkpoint. Refuses 8-bit files and doubled tensors."""
     files = find_weights(path)
     handles = {file: open_safetensors(file) for file in set(files.values())}
     is_diffusers = any(name.startswith("condition_embedder.") for name in files)
@@ -279,10 +269,7 @@ def public_config(config, format):
 
 
 def write_tensors(file, tensors, read, names, metadata):
-    """
-    Write a .safetensors file of tensors {our name: meta tensor} under names {our name: name in the file}.
-    read(name) gives the values, one tensor at a time.
-    """
+    """Write tensors {our name: meta tensor} to a file under names {our name: name}; read(name) gives the values."""
     tensors = dict(sorted(tensors.items(), key=lambda item: -item[1].itemsize))    # so that each is aligned to its type
     header, end = {"__metadata__": metadata}, 0
     for name, tensor in tensors.items():
@@ -330,8 +317,8 @@ def save_wan(model, path, format="original", config=None, dtype=None, max_shard_
         raise ValueError(f"{path}: comfyui weights are a single file, and this is a folder")
     if format != "comfyui" and (path.is_file() or path.suffix == ".safetensors"):
         raise ValueError(f"{path}: {format} weights are a folder, and this is a file")
-    shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    check_shapes(shapes, config, lambda name: f"{path} (nothing was written)")
+    check_shapes({name: tuple(tensor.shape) for name, tensor in state.items()}, config,
+                 lambda name: f"{path} (nothing was written)")
 
     tensors = {name: state[name].detach().to("meta", dtype or state[name].dtype) for name in expected_shapes(config)}
     names = {name: public_name(name, format) for name in tensors}
@@ -450,19 +437,6 @@ def find_experts(path):
 # ------------------------------------------------------------------------------------------------------------------
 # conversion
 
-def stored_config(folder):
-    """The WanConfig of the model in a step folder. ValueError if the folder is not whole, or from another version."""
-    file = Path(folder) / "meta.json"
-    if not file.exists():
-        raise ValueError(f"{folder} holds no whole checkpoint (meta.json is missing); name another step folder")
-    settings = read_json(file).get("config", {})
-    try:
-        return WanConfig(**settings | {"patch_size": tuple(settings["patch_size"])})
-    except (TypeError, KeyError) as error:
-        raise ValueError(f"{file}: its config is not that of a model here ({error}); "
-                         "export it with the version of this code that trained it") from error
-
-
 def open_source(source, which="auto"):
     """config, {our name: meta tensor}, read(name) of a step folder (which: see stored_weights) or public checkpoint."""
     if (source / "log.jsonl").exists():
@@ -472,16 +446,72 @@ def open_source(source, which="auto"):
     if which != "auto":
         raise ValueError(f"--weights {which}: {source} is not a step folder and has one set of weights; leave it out")
     config, slices = open_wan(source)
-    dtypes = {name: TORCH_DTYPES[tensor.get_dtype()] for name, tensor in slices.items()}
-    tensors = {name: torch.empty(slices[name].get_shape(), dtype=dtypes[name], device="meta") for name in slices}
+    tensors = {name: torch.empty(tensor.get_shape(), dtype=TORCH_DTYPES[tensor.get_dtype()], device="meta")
+               for name, tensor in slices.items()}
     return config, tensors, lambda name: slices[name][:]
 
 
-def export_weights(source, path, format="original", dtype=torch.float32, which="auto"):
-    """Write the weights in a step folder or a public checkpoint as public weights at `path`, one tensor at a time."""
+def find_base(source):
+    """The weights that the run of a step folder started from, or "" where they are not known or have changed."""
+    from data import weights_digest
+    try:
+        path = locate_weights(read_json(source.absolute().parent / "config.json")["init"])
+        digest = read_json(source / "meta.json")["init"]
+    except (OSError, KeyError, ValueError):
+        return ""
+    return path if weights_digest(path) == digest else ""
+
+
+def add_share(read, base, dtype, sums):
+    """
+    Wrap read(name), so that sums adds up, tensor by tensor, how much of what training changed survives in dtype:
+
+        share = <rounded - base, trained - base> / |trained - base|^2 = sums["kept"] / sums["changed"]
+
+    the projection of the rounded update on the true one: 1 where rounding only adds noise, 0 where every weight falls
+    back on the base's. base {name: lazy slice}.
+    """
+    def read_and_add(name):
+        trained = read(name)
+        if name in base:
+            start = base[name][:].float()
+            update, rounded_update = trained.float() - start, trained.to(dtype).float() - start
+            sums["kept"] += (rounded_update * update).sum(dtype=torch.float64).item()
+            sums["changed"] += update.square().sum(dtype=torch.float64).item()
+        return trained
+    return read_and_add
+
+
+def report_share(base, sums, dtype):
+    """Print what add_share added up, and a warning where it is less than 0.9."""
+    word = str(dtype).removeprefix("torch.")
+    if not base:
+        print(f"what {word} keeps of the training is not known, as its start is not; name it with --base")
+        return
+    share = sums["kept"] / sums["changed"] if sums["changed"] else 1.0
+    print(f"{word} keeps {share:.1%} of what training changed in {base}")
+    if share < 0.9:
+        print(f"warning: the rest is too small for {word} and is lost; write --dtype float32, or train adapters, whose "
+              "weights are small numbers of their own")
+
+
+def export_weights(source, path, format="original", dtype=torch.float32, which="auto", base=""):
+    """
+    Write the weights in a step folder or a public checkpoint as public weights at `path`, one tensor at a time. Where
+    that rounds them, print the share of the training that survives; base: what it started from ("": the run's --init).
+    """
     config, tensors, read = open_source(Path(source), which)
+    is_rounded = any(tensor.dtype.itemsize > dtype.itemsize for tensor in tensors.values())
+    base, sums = base or find_base(Path(source)), {"kept": 0.0, "changed": 0.0}
+    if is_rounded and base:
+        base_config, slices = open_wan(base)
+        if replace(base_config, scores=config.scores) != config:
+            raise ValueError(f"--base {base} is another model than {source}; give the weights that it was trained from")
+        read = add_share(read, {name: slices[name] for name in slices if name in tensors}, dtype, sums)
     save_wan(tensors, path, format, config, dtype, read=read)
     print(f"weights in {path}")
+    if is_rounded:
+        report_share(base, sums, dtype)
 
 
 def check_out(source, out, format):
@@ -504,6 +534,8 @@ def parse_args(argv):
     p.add_argument("--out", required=True, help="a new folder, or for comfyui a new .safetensors file")
     p.add_argument("--format", default="original", choices=FORMATS, help="names and files that are written")
     p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="number type of every tensor")
+    p.add_argument("--base", default="", help="weights that SOURCE was trained from, to tell how much of the training "
+                                              "bfloat16 keeps; default: the --init of a step folder's run")
     p.add_argument("--weights", default="auto", choices=["auto", "ema", "policy"],
                    help="which weights of a step folder: the average (ema) or the policy; auto: the average, if kept")
     return p.parse_args(argv)
@@ -512,7 +544,10 @@ def parse_args(argv):
 def main(args):
     source, out = Path(locate_weights(args.source, "SOURCE")), Path(args.out)
     check_out(source, out, args.format)
-    export_weights(source, out, args.format, getattr(torch, args.dtype), args.weights)
+    if args.base and args.dtype == "float32":
+        raise ValueError(f"--base {args.base} is for what --dtype bfloat16 loses; float32 loses nothing")
+    base = locate_weights(args.base, "--base") if args.base else ""
+    export_weights(source, out, args.format, getattr(torch, args.dtype), args.weights, base)
 
 
 if __name__ == "__main__":

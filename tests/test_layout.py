@@ -22,9 +22,9 @@ PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "d
 MACHINERY = "losses model data sample memory fsdp_utils weights lora run_folder evaluate curves pictures toy"
 IMPORTS = {
     "losses.py": "", "model.py": "", "memory.py": "", "toy.py": "", "curves.py": "", "pictures.py": "", "video.py": "",
-    "step_folder.py": "",
+    "step_folder.py": "model",
     "data.py": "losses",
-    "weights.py": "model step_folder inside lora",
+    "weights.py": "model step_folder inside data lora",
     "lora.py": "model",
     "fsdp_utils.py": "model memory weights lora",
     "run_folder.py": "data weights step_folder fsdp_utils",

@@ -383,7 +383,7 @@ CONVERSIONS_REFUSED = {                                                       # 
     "a run's folder as the source": ("out", "x", (), "out is a run's folder; name one of its step folders, or"),
     "a step folder that is not whole": ("cut", "x", (), r"cut holds no whole checkpoint \(meta.json is missing\)"),
     "a step folder of another version": ("other", "x", (), "meta.json: its config is not that of a model here .*depth"),
-    "a step folder without its config": ("bare", "x", (), "meta.json: its config is not that of a model here .*patch_"),
+    "a step folder without its config": ("bare", "x", (), "meta.json: its config is not that of a model here .*config"),
     "a step folder with tensors too few": ("few", "x", (), "nothing was written.: tensor blocks.2.modulation is"),
     "the average of an export": ("export", "x", ("--weights", "ema"), "--weights ema: .*export is not a step folder"),
     "a folder for a file": ("export", "x", ("--format", "comfyui"), "a single file; give it a name that ends in .safe"),
@@ -414,6 +414,142 @@ def test_a_conversion_that_cannot_be_is_refused_and_changes_nothing(case, traine
 
 
 # ----------------------------------------------------------------------------------------------------------------------
+# what bfloat16 keeps of the training
+
+NARROW = dataclasses.replace(CONFIGS["tiny"], dim=32, ffn_dim=64, num_layers=2, num_heads=2)
+
+
+def shift_weights(state, update):
+    """{name: weight + update(weight)}."""
+    return {name: tensor + update(tensor) for name, tensor in state.items()}
+
+
+def rounded_share(base, trained):
+    """The share of the update that survives bfloat16, from its definition: whole models as one vector, in float64."""
+    start, end = (torch.cat([tensor.flatten().double() for tensor in state.values()]) for state in (base, trained))
+    rounded = torch.cat([tensor.bfloat16().flatten().double() for tensor in trained.values()])
+    update = end - start
+    return (torch.dot(rounded - start, update) / torch.dot(update, update)).item()
+
+
+def printed_share(text):
+    return float(re.search(r"bfloat16 keeps (-?[\d.]+)% of what training changed in", text).group(1)) / 100
+
+
+@pytest.fixture
+def half_base(tmp_path):
+    """A small model in bf16, its weights with a standard deviation of 0.065: its state dict and its folder."""
+    generator = torch.Generator().manual_seed(0)
+    base = {name: (0.065 * torch.randn(shape, generator=generator)).bfloat16().float()
+            for name, shape in expected_shapes(NARROW).items()}
+    save_wan(base, tmp_path / "base", config=NARROW, dtype=torch.bfloat16)
+    return base, tmp_path / "base"
+
+
+def test_bfloat16_keeps_a_sixth_of_300_steps_at_1e_6_from_a_bfloat16_base_and_says_so(half_base, tmp_path, capsys):
+    # AdamW moves a weight by about 1e-6 a step, with random gradients by 1.7e-5 in 300 steps. The neighbours in bf16 of
+    # a weight of 0.065 are 2^-11 = 4.9e-4 away, so it stays; only weights below about 0.01 move.
+    base, folder = half_base
+    weights_now = [tensor.clone().requires_grad_() for tensor in base.values()]
+    optimizer = torch.optim.AdamW(weights_now, lr=1e-6, betas=(0.9, 0.95), weight_decay=1e-3, foreach=True)
+    generator = torch.Generator().manual_seed(1)
+    gradients = torch.empty(sum(tensor.numel() for tensor in weights_now))
+    for _ in range(300):
+        gradients.normal_(generator=generator)
+        for tensor, part in zip(weights_now, gradients.split([tensor.numel() for tensor in weights_now])):
+            tensor.grad = part.view_as(tensor)
+        optimizer.step()
+    trained = {name: tensor.detach() for name, tensor in zip(base, weights_now)}
+    share = rounded_share(base, trained)
+    assert 0.12 < share < 0.20
+    save_wan(trained, tmp_path / "trained", config=NARROW)
+    convert(tmp_path / "trained", tmp_path / "half", "--dtype", "bfloat16", "--base", str(folder))
+    said = capsys.readouterr().out
+    assert printed_share(said) == pytest.approx(share, abs=1e-3)
+    assert f"in {folder}\n" in said and "warning: the rest is too small for bfloat16 and is lost" in said
+    assert "--dtype float32" in said and "adapters" in said
+
+
+def test_updates_that_bfloat16_can_show_survive_and_nothing_is_warned_of(half_base, tmp_path, capsys):
+    base, folder = half_base
+    trained = shift_weights(base, lambda tensor: 0.1 * tensor.flip(0))
+    save_wan(trained, tmp_path / "trained", config=NARROW)
+    convert(tmp_path / "trained", tmp_path / "half", "--dtype", "bfloat16", "--base", str(folder))
+    said = capsys.readouterr().out
+    assert printed_share(said) == pytest.approx(rounded_share(base, trained), abs=1e-3)
+    assert printed_share(said) == pytest.approx(1, abs=5e-3) and "warning" not in said
+
+
+def test_the_share_by_hand(tmp_path, tiny, capsys):
+    # The base is 1 everywhere, above which bf16 steps are 2^-7. Half of the weights move by 2^-7 and arrive; the others
+    # move by 2^-9 and fall back: share = 2^-14 / (2^-14 + 2^-18) = 16 / 17. With 2^-8.5: 8 / 9, below 0.9.
+    base = {name: torch.ones_like(tensor) for name, tensor in tiny.state_dict().items()}
+    even = {name: tensor for name, tensor in base.items() if tensor.numel() % 2 == 0}
+    assert even.keys() == base.keys()
+    save_wan(base, tmp_path / "base", config=tiny.config)
+    for small, share in ((2 ** -9, 16 / 17), (2 ** -8.5, 8 / 9)):
+        steps = torch.tensor([2 ** -7, small])
+        trained = shift_weights(base, lambda tensor: steps.repeat(tensor.numel() // 2).view_as(tensor))
+        source, out = tmp_path / f"trained_{share:.2f}", tmp_path / f"half_{share:.2f}"
+        save_wan(trained, source, config=tiny.config)
+        convert(source, out, "--dtype", "bfloat16", "--base", str(tmp_path / "base"))
+        said = capsys.readouterr().out
+        assert printed_share(said) == pytest.approx(share, abs=1e-3)
+        assert ("warning" in said) == (share < 0.9)
+
+
+def test_the_base_of_a_step_folder_is_what_its_run_started_from(trained, base, tmp_path, capsys):
+    convert(trained / "step_000002", tmp_path / "half.safetensors", "--format", "comfyui", "--dtype", "bfloat16")
+    said = capsys.readouterr().out
+    expected = rounded_share(load_wan(base).state_dict(), load_wan(trained / "export").state_dict())
+    assert f"what training changed in {base}\n" in said and printed_share(said) == pytest.approx(expected, abs=1e-3)
+    convert(trained / "step_000002", tmp_path / "wide")
+    assert capsys.readouterr().out == f"weights in {tmp_path / 'wide'}\n"     # float32 loses nothing
+
+
+UNKNOWN = "what bfloat16 keeps of the training is not known, as its start is not; name it with --base"
+
+
+def test_the_share_is_said_to_be_unknown_where_the_base_is(trained, tmp_path, capsys):
+    shutil.copytree(trained, tmp_path / "out")
+    step = tmp_path / "out" / "step_000002"
+    cases = {
+        "a foreign source": (trained / "export", lambda: None),
+        "a base that has gone": (step, lambda: edit_json(tmp_path / "out" / "config.json", init="gone")),
+        "a base that has changed": (step, lambda: edit_json(step / "meta.json", init="0123456789ab")),
+        "no base": (step, lambda: edit_json(step / "meta.json", init="scratch")),
+        "no settings": (step, lambda: (tmp_path / "out" / "config.json").unlink()),
+    }
+    for i, (source, change) in enumerate(cases.values()):
+        change()
+        convert(source, tmp_path / str(i), "--dtype", "bfloat16")
+        assert UNKNOWN in capsys.readouterr().out
+    convert(tmp_path / "0", tmp_path / "again", "--dtype", "bfloat16")        # bf16 to bf16: nothing is rounded
+    assert capsys.readouterr().out == f"weights in {tmp_path / 'again'}\n"
+
+
+def test_the_share_of_a_preference_model_counts_its_blocks_and_leaves_its_new_head_out(half_base, tmp_path, capsys):
+    base, folder = half_base
+    judge = WanModel(dataclasses.replace(NARROW, scores=True))
+    judge.load_state_dict({name: tensor for name, tensor in base.items() if not name.startswith("head.")}, strict=False)
+    save_wan(judge, tmp_path / "judge")
+    convert(tmp_path / "judge", tmp_path / "half", "--dtype", "bfloat16", "--base", str(folder))
+    assert printed_share(capsys.readouterr().out) == 1                        # blocks are frozen: nothing changed
+
+
+def test_a_base_that_does_nothing_or_does_not_fit_is_refused(half_base, tiny, tmp_path):
+    _, folder = half_base
+    save_wan(make_case("t2v")[0], tmp_path / "other")
+    save_wan(tiny, tmp_path / "trained")
+    for base, dtype, says in ((folder, "float32", "--base .*base is for what --dtype bfloat16 loses; float32"),
+                              ("nowhere", "bfloat16", "--base nowhere: no such file or folder"),
+                              (tmp_path / "other", "bfloat16", "--base .*other is another model than .*trained")):
+        with pytest.raises(ValueError, match=says):
+            convert(tmp_path / "trained", tmp_path / "x", "--base", str(base), "--dtype", dtype)
+        assert not (tmp_path / "x").exists()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
 # what a user can get wrong
 
 def edit_weights(folder, edit):
@@ -427,9 +563,8 @@ def add_tensors(folder, **tensors):
     edit_weights(folder, lambda state: state.update(named))
 
 
-def edit_config(folder, **changes):
-    """Change entries of config.json; None removes one."""
-    file = folder / "config.json"
+def edit_json(file, **changes):
+    """Change entries of a JSON file; None removes one."""
     settings = json.loads(file.read_text()) | changes
     file.write_text(json.dumps({name: value for name, value in settings.items() if value is not None}))
 
@@ -467,13 +602,13 @@ BAD_FOLDERS = {
         rf"{WHOLE}: not a whole safetensors file \(.*\); copy or download it again"),
     "an empty file": (lambda folder: cut(folder / WHOLE, 0), rf"{WHOLE}: not a whole safetensors file"),
     "config.json of another size": (
-        lambda folder: edit_config(folder, ffn_dim=1024),
+        lambda folder: edit_json(folder / "config.json", ffn_dim=1024),
         rf"{WHOLE}: tensor blocks.0.ffn.0.weight is \(512, 128\), expected \(1024, 128\) in WanConfig\(.*ffn_dim=1024"),
     "config.json of another type": (
-        lambda folder: edit_config(folder, model_type="i2v"),
+        lambda folder: edit_json(folder / "config.json", model_type="i2v"),
         r"config.json: model_type is i2v, but the tensors next to it are those of t2v"),
     "config.json without a size": (
-        lambda folder: edit_config(folder, num_heads=None),
+        lambda folder: edit_json(folder / "config.json", num_heads=None),
         r"config.json: no num_heads; not the config.json of a Wan"),
     "config.json that is not JSON": (lambda folder: cut(folder / "config.json", 40), r"config.json: not JSON"),
     "no weights": (
