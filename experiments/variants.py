@@ -3,8 +3,7 @@ train.py with one thing changed that nobody should want as a flag, for experimen
 
     python experiments/variants.py lose_half --loss dpo          # the loser's gradient halved, whatever the objective
     python experiments/variants.py separate_noise --loss regdpo  # win and lose are noised with noises of their own
-    python experiments/variants.py branch_norms --loss regdpo    # gradient norms of both branches, in
-    OUT/branch_norms.jsonl
+    python experiments/variants.py branch_norms --loss regdpo    # gradient norms by branch: OUT/branch_norms.jsonl
 """
 import json
 import sys

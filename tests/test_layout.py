@@ -57,7 +57,6 @@ WIDE = [
     "benchmarks/block.py",
     "benchmarks/dry_run.py",
     "benchmarks/ladder.py",
-    "experiments/compare.py",
     "tests/test_bench.py",
     "tests/test_data.py",
     "tests/test_dry_run.py",
