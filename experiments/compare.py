@@ -6,8 +6,8 @@ SPO, Reg-DPO and the base in the embedded world, by exact marks: two samplers, o
     python experiments/run.py spo --settings exact judged regdpo_equal dpo_equal
     python experiments/compare.py                                          # marks.json, docs/spo.md and two pictures
 
-Models that experiments/logs/spo/marks.json already holds are not sampled again. ddim, 10 steps with eta 1, is the sampler
-whose steps SPO trained here; euler, 20 steps, is the one that train.py shows.
+Models that experiments/logs/spo/marks.json already holds are not sampled again. ddim, 10 steps with eta 1, is the
+sampler whose steps SPO trained here; euler, 20 steps, is the one that train.py shows.
 """
 import json
 import sys
