@@ -47,9 +47,9 @@ def seed_of(*parts):
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
-@lru_cache(maxsize=2 ** 20)
-def file_digest(path, size, modified):
+def file_digest(path):
     """sha256 of a file's name, size, and 4 KiB at the start, the middle and the end."""
+    size = os.stat(path).st_size
     digest = hashlib.sha256(f"{Path(path).name} {size}\n".encode())
     with open(path, "rb") as file:
         for begin in (0, size // 2, max(0, size - 4096)):
@@ -61,9 +61,11 @@ def file_digest(path, size, modified):
 def fingerprint(files):
     """Sixteen hexadecimal digits that name the contents of these files, in this order."""
     digest = hashlib.sha256()
+    digests = {}    # a win may be in many pairs
     for path in files:
-        status = os.stat(path)
-        digest.update(file_digest(str(path), status.st_size, status.st_mtime_ns))
+        if path not in digests:
+            digests[path] = file_digest(path)
+        digest.update(digests[path])
     return digest.hexdigest()[:16]
 
 
@@ -87,9 +89,7 @@ def weights_digest(path):
 # one sample file
 
 def write_whole(path, content):
-    """
-    Write bytes so that `path` is absent, as it was before, or complete: a temporary file next to it, then one rename.
-    """
+    """Write bytes so that `path` is absent, as before, or complete: a temporary file next to it, then one rename."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")   # unique: two processes may write the same file
@@ -104,22 +104,26 @@ def write_whole(path, content):
 
 
 def write_sample(path, latents, context, metadata, **conditions):
-    """
-    Write latents (C, F, H, W), context (T, D), conditions by name and metadata (values become strings), whole or not at
-    all.
-    """
+    """Write latents (C, F, H, W), context (T, D), conditions and metadata (values become strings), all or nothing."""
     tensors = {"latents": latents, "context": context, **conditions}
     check_tensors(path, tensors)
-    tensors = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}
-    write_whole(path, save(tensors, metadata={name: str(value) for name, value in metadata.items()}))
+    layout = torch.contiguous_format
+    tensors = {name: tensor.detach().cpu().clone(memory_format=layout) for name, tensor in tensors.items()}
+    write_whole(path, sorted_header(save(tensors, metadata={name: str(value) for name, value in metadata.items()})))
+
+
+def sorted_header(content):
+    """The bytes of a .safetensors file with the metadata in order: safetensors has another order in every process."""
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:8 + size])
+    header["__metadata__"] = dict(sorted(header.get("__metadata__", {}).items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    assert len(text) <= size, "the header grew"
+    return content[:8] + text.ljust(size) + content[8 + size:]
 
 
 def read_header(path):
-    """
-    The sample as read_sample returns it, with tensors on the meta device: shapes and dtypes are checked, no values are
-    read (25 us).
-    """
+    """The sample as read_sample returns it, with tensors on the meta device: no values are read (25 us)."""
     try:
         with safe_open(path, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}
@@ -140,13 +144,10 @@ def read_header(path):
 
 
 def read_sample(path):
-    """
-    -> {"latents": (C, F, H, W), "context": (T, D), conditions by name, "metadata": {str: str}}, all numbers finite.
-    """
+    """-> {"latents": (C, F, H, W), "context": (T, D), conditions by name, "metadata": {str: str}}, all finite."""
     header = read_header(path)
     try:
-        # load_file of safetensors 0.8 loses 100 bytes of memory at every call
-        tensors = load(Path(path).read_bytes())
+        tensors = load(Path(path).read_bytes())            # safetensors 0.8's load_file loses 100 bytes at every call
     except (SafetensorError, OSError) as error:
         raise unreadable(path, error) from error
     check_tensors(path, tensors)
@@ -161,10 +162,7 @@ def unreadable(path, error):
 
 
 def check_tensors(path, tensors):
-    """
-    Raise ValueError, naming the file, unless the tensors are a sample. Values are checked unless they are on the meta
-    device.
-    """
+    """Raise ValueError, naming the file, unless the tensors are a sample. On the meta device values are not checked."""
     for name, axes, least in (("latents", "(C, F, H, W)", (1, 1, 1, 1)), ("context", "(T, D)", (0, 1))):
         if name not in tensors:
             raise ValueError(f"{path}: no `{name}` among its tensors ({', '.join(sorted(tensors)[:8]) or 'none'}); "
@@ -192,12 +190,12 @@ class Summary(NamedTuple):
     """What a sample's header says."""
     shapes: dict    # {tensor name: shape}
     prompt: str     # None where it is not recorded
+    real: str       # of a negative: the fingerprint of the real sample it was made for; None where it is not recorded
 
 
 def summarise_sample(sample):
-    # files list tensors in any order
-    shapes = {name: tuple(sample[name].shape) for name in sorted(sample) if name != "metadata"}
-    return Summary(shapes, sample["metadata"].get("prompt"))
+    shapes = {name: tuple(sample[name].shape) for name in sorted(sample) if name != "metadata"}   # files: in any order
+    return Summary(shapes, sample["metadata"].get("prompt"), sample["metadata"].get("real"))
 
 
 def sample_files(folder):
@@ -233,7 +231,7 @@ def read_summaries(files, bad=None):
             raise ValueError(f"{path}: {channels} latent channels and context width {width}, but {first[0]} has "
                              f"{first[1]} and {first[2]}; encode all samples with one encoder")
         summary = summarise_sample(header)
-        summaries[path] = shared.setdefault((*summary.shapes.items(), summary.prompt), summary)
+        summaries[path] = shared.setdefault((*summary.shapes.items(), *summary[1:]), summary)
     return summaries
 
 
@@ -312,12 +310,8 @@ class SampleSet:
     def read(self, index):
         path = self.files[index]
         sample = read_again(path, self.wins[path])
-        return {
-            "win": sample["latents"].float(),
-            **shared_tensors(sample),
-            "name": str(path),
-            "metadata": sample["metadata"],
-        }
+        names = {"name": str(path), "metadata": sample["metadata"]}
+        return {"win": sample["latents"].float(), **shared_tensors(sample), **names}
 
     def fingerprint(self):
         return fingerprint(self.files)
@@ -335,16 +329,17 @@ class PairSet:
 
     def __init__(self, pairs, unpaired=(), skip=False):
         self.pairs, self.unpaired, self.skip = list(pairs), list(unpaired), skip
-        # a win may have many negatives: read it once
-        files = dict.fromkeys(path for pair in self.pairs for path in pair)
+        files = dict.fromkeys(path for pair in self.pairs for path in pair)    # a win may have many negatives
         bad = {}
         summaries = read_summaries(files, bad if skip else None)
         self.bad, self.wins, self.losers = {}, {}, {}
+        fingerprints = {}
         for index, (win, lose) in enumerate(self.pairs):
             if win in bad or lose in bad:
                 self.bad[index] = bad.get(win) or bad[lose]
                 continue
             check_pair(win, lose, summaries[win], summaries[lose])
+            check_contents(win, lose, summaries[lose].real, fingerprints)
             self.wins[win], self.losers[lose] = summaries[win], summaries[lose]
         self.sources = sorted({path.parent.name for path in self.losers})
         self.reported = set()
@@ -359,14 +354,9 @@ class PairSet:
         win_path, lose_path = self.pairs[index]
         win = read_again(win_path, self.wins[win_path])
         lose = read_again(lose_path, self.losers[lose_path])
-        return {
-            "win": win["latents"].float(),
-            "lose": lose["latents"].float(),
-            **shared_tensors(win),
-            "name": f"win {win_path}, lose {lose_path}",
-            "source": lose_path.parent.name,
-            "metadata": win["metadata"],
-        }
+        names = {"name": f"win {win_path}, lose {lose_path}", "source": lose_path.parent.name}
+        latents = {"win": win["latents"].float(), "lose": lose["latents"].float()}
+        return {**latents, **shared_tensors(win), **names, "metadata": win["metadata"]}
 
     def fingerprint(self):
         return fingerprint(path for pair in self.pairs for path in pair)
@@ -380,6 +370,20 @@ def check_pair(win, lose, of_win, of_lose):
     if None not in (of_win.prompt, of_lose.prompt) and of_win.prompt != of_lose.prompt:
         raise ValueError(f'{lose}: made for the prompt "{of_lose.prompt}", but the win, {win}, has "{of_win.prompt}"; '
                          "a pair shares one prompt")
+
+
+def check_contents(win, lose, made_for, fingerprints):
+    """
+    ValueError if the negative `lose` was made for other contents of the real sample `win`: made_for, a fingerprint, or
+    None where it is not recorded. fingerprints {win: fingerprint} receives what is read.
+    """
+    if made_for is None:
+        return
+    if win not in fingerprints:
+        fingerprints[win] = fingerprint([win])
+    if fingerprints[win] != made_for:
+        raise ValueError(f"{lose}: made for {win} as it was, {made_for}; it has changed, {fingerprints[win]}; delete the "
+                         "negative and make it again (python sample.py --pairs ...), or put the real sample back")
 
 
 def shared_tensors(sample):
@@ -410,10 +414,7 @@ def read_item(dataset, index):
 
 
 def pairs_by_stem(real, negatives, skip=False):
-    """
-    A PairSet with one pair for every file of every folder in `negatives`, and the sample of the same stem in the folder
-    `real`.
-    """
+    """A PairSet of every file in the folders `negatives` with the sample of the same stem in the folder `real`."""
     wins = {path.stem: path for path in sample_files(real)}
     pairs = []
     for folder in negatives:
@@ -557,7 +558,7 @@ def draw(seed, position, shape, flow_shift, min_timestep, max_timestep, sampling
     """
     sigma (float) and noise (`shape`, float32) of a position; win and lose, policy and reference all use the same.
 
-        sigma = flow_shift u / (1 + (flow_shift - 1) u),   u on the interval for which sigma is in (min_timestep, max_timestep] / 1000
+        sigma = flow_shift u / (1 + (flow_shift - 1) u),   u such that min_timestep < 1000 sigma <= max_timestep
 
     The limits hold after the shift, as the expert boundaries of Wan2.2 do. u is uniform there, or logit_normal:
     sigmoid(N(0, 1)) cut to the interval; the shift moves that bell by log(flow_shift) in logits, so it needs no mean of

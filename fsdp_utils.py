@@ -254,6 +254,28 @@ def load_weights(model, tensors):
 # ------------------------------------------------------------------------------------------------------------------
 # gradients and averages
 
+def make_optimizer(model, weight_decay, loss_scale):
+    """
+    AdamW for the trainable parameters of a model. Matrices decay; norms, biases and modulation do not.
+
+    The loss is multiplied by loss_scale before backward, so eps, 1e-8 for a plain loss, is scaled with it: gradients divided
+    by beta would otherwise be as small as eps (at 14B and a gradient norm of 1e-3 the mean step would be 0.35 of the
+    learning rate). The state exists from the start, so that a checkpoint before the first step holds the count 0.
+    """
+    decayed, plain = [], []
+    for name, param in model.named_parameters():
+        if param.requires_grad:
+            is_matrix = param.ndim > 1 and not name.endswith(("modulation", "emb_pos"))
+            (decayed if is_matrix else plain).append(param)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+    optimizer = torch.optim.AdamW([group for group in groups if group["params"]], betas=(0.9, 0.95), eps=1e-8 * loss_scale,
+                                  fused=True)
+    for param in decayed + plain:
+        step = torch.zeros((), dtype=torch.float32, device=param.device)
+        optimizer.state[param] = {"step": step, "exp_avg": torch.zeros_like(param), "exp_avg_sq": torch.zeros_like(param)}
+    return optimizer
+
+
 def clip_gradients(params, max_norm, scale=1.0):
     """
     Multiply all gradients by scale, clip them to max_norm over all ranks, and return the norm before clipping (float; not finite on every rank

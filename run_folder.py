@@ -1,27 +1,23 @@
 """
-Everything under --out, so that nothing is lost: config, log, checkpoints, stopping and resuming, skipped steps, and the
-reference's errors, scored once.
+Everything under --out, so that nothing is lost: config, log, checkpoints, stopping and resuming, skipped steps.
 
     out/config.json   out/log.jsonl, a row a step   out/step_000500/   out/latest, the step folder to resume from
-    out/ref_errors.safetensors
 
 A file or folder gets its name when it is whole; the names of unfinished ones start with a dot.
 """
 import fcntl
+import functools
 import json
 import math
 import os
 import shutil
 import signal
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
@@ -29,11 +25,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_state_dict,
 )
-from tqdm import tqdm
 
 from data import write_whole
 from fsdp_utils import extremes, total
 from step_folder import Planner, Reader
+
+LOCKS = []    # open file descriptors of locked folders
 
 # ------------------------------------------------------------------------------------------------------------------
 # starting and resuming
@@ -71,18 +68,20 @@ def check_common_flags(args, ranks):
 
 
 def find_checkpoint(out, resume):
-    """The step folder that --resume names: `latest` (of the run's folder out) or a path. ValueError if it is not whole."""
+    """
+    The step folder that --resume names: `latest` (of the run's folder out) or a path. ValueError if it is not whole.
+    """
     if resume == "latest":
         pointer = Path(out) / "latest"
         if not pointer.exists():
-            raise ValueError(f"--resume latest: {pointer} does not exist; {out} has no checkpoint. "
-                             "Leave out --resume to start anew, or name a step folder")
+            raise ValueError(f"--resume latest: {pointer} does not exist; {out} has no checkpoint. Leave out --resume "
+                             "to start anew, or name a step folder")
         folder = Path(out) / pointer.read_text(encoding="utf-8-sig").strip()
     else:
         folder = Path(resume)
     if not (folder / "meta.json").exists():
-        raise ValueError(f"--resume {resume}: {folder} holds no whole checkpoint (meta.json is missing); "
-                         f"name a folder like {out}/step_000500")
+        raise ValueError(f"--resume {resume}: {folder} holds no whole checkpoint (meta.json is missing); name a folder "
+                         f"like {out}/step_000500")
     return folder
 
 
@@ -147,21 +146,78 @@ def describe_run(args, dataset, tokens, start, ranks, model, memory):
 def begin_log(args, start, **facts):
     """
     Write config.json, and log.jsonl without the rows from step `start` on, which will be repeated. Called by rank 0.
-    Returns the rows that stay.
+    Returns the rows that stay. A damaged line, such as the half row of a killed run or the zeros of a power cut, is
+    dropped and named.
     """
     flags = {name: value for name, value in vars(args).items() if name != "defaults"}
     config = flags | facts | {"torch": torch.__version__}
     write_whole(args.out / "config.json", json.dumps(config, indent=1, default=str).encode())
     log = args.out / "log.jsonl"
-    lines = log.read_text().splitlines(keepends=True) if log.exists() else []
-    lines = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < start]   # a kill cuts a line
-    write_whole(log, "".join(lines).encode())
+    lines = log.read_bytes().splitlines(keepends=True) if log.exists() else []
+    rows, kept = [], []
+    for number, line in enumerate(lines, start=1):
+        try:
+            row = json.loads(line)
+            is_before = line.endswith(b"\n") and row["step"] < start
+        except (ValueError, TypeError, KeyError):
+            if number < len(lines):
+                print(f"{log}:{number}: not a row of a log; the line is dropped", flush=True)
+            continue
+        if is_before:
+            rows.append(row)
+            kept.append(line)
+    write_whole(log, b"".join(kept))
     if args.resume:
         folder = Path(args.resume).resolve()
-        # an older step: a kill before the next save must not resume after it
-        if folder.parent == args.out.resolve():
+        if folder.parent == args.out.resolve():            # an older step: no kill may leave `latest` ahead of the log
             write_whole(args.out / "latest", f"{folder.name}\n".encode())
-    return [json.loads(line) for line in lines]
+    return rows
+
+
+def lock_folder(out, ranks):
+    """
+    Lock the run's folder until the function decorated with releases_locks ends; a kill releases it too. The first rank
+    holds the lock. All ranks call it. ValueError on every rank where another run holds it.
+    """
+    is_free = True
+    if ranks.rank == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(out, os.O_RDONLY)
+        LOCKS.append(descriptor)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            is_free = False
+        except OSError:                                    # a file system without locks
+            pass
+    answer = [is_free]
+    dist.broadcast_object_list(answer)
+    if not answer[0]:
+        raise ValueError(f"--out {out}: another run is writing to this folder; wait for it, stop it, or choose another "
+                         "--out")
+
+
+def releases_locks(main):
+    """Decorator of a trainer's main: closes what lock_folder opened, however main ends."""
+    @functools.wraps(main)
+    def wrapper(*args, **options):
+        try:
+            return main(*args, **options)
+        finally:
+            while LOCKS:
+                os.close(LOCKS.pop())
+    return wrapper
+
+
+def add_folder_flags(parser, save_every):
+    """Flags of what a trainer keeps in its folder."""
+    add = parser.add_argument
+    add("--save_every", type=int, default=save_every, help="steps between checkpoints")
+    add("--keep", type=int, default=2, help="checkpoints that stay on disk")
+    add("--save_minutes", type=float, default=30.0,
+        help="also save every this many minutes (0: off). SIGTERM and SIGINT save too, and stop")
+    add("--resume", default="", help="a step folder, 'latest', or 'auto': latest where there is one. Ranks that "
+                                     "torchrun --max-restarts restarts resume by themselves")
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -344,22 +400,33 @@ def first_cause(error):
     return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
 
 
-def load_checkpoint(folder, policy, optimizer, ema, meta):
+def check_same_run(folder, settings):
+    """
+    ValueError if an entry of settings (run_settings: what decides the numbers of a run) differs from the one that the
+    checkpoint in `folder` was written with. Nothing to check where folder is "".
+    """
+    if not folder:
+        return
+    saved = json.loads((Path(folder) / "meta.json").read_text())
+    export = f"give its weights to --init of a new run (python weights.py {folder} --out DIR)"
+    for name, value in settings.items():
+        if name not in saved:
+            raise ValueError(f"--resume {folder}: it was written by an earlier version, which did not record {name}, "
+                             f"so its numbers cannot be continued; {export}")
+        if saved[name] != value:
+            raise ValueError(f"--resume {folder}: it was trained with {name} = {saved[name]}, this run has {name} = "
+                             f"{value}; resume with the same flags, or {export}")
+
+
+def load_checkpoint(folder, policy, optimizer, ema):
     """
     Fill policy, optimizer and ema from a checkpoint, written on any number of ranks. Returns the step it was written
     after, and how many steps in a row were skipped before it; 0, 0 where folder is "".
-
-    ValueError if an entry of meta (what decides the numbers of a run) differs from the one that the checkpoint was
-    written with, if the checkpoint is damaged, and if ranks do not see the same one.
+    ValueError if the checkpoint is damaged, and if ranks do not see the same one.
     """
     if not folder:
         return 0, 0
     saved = json.loads((Path(folder) / "meta.json").read_text())
-    for key, value in meta.items():
-        if saved.get(key, "not recorded") != value:
-            raise ValueError(f"--resume {folder}: it was trained with {key} = {saved.get(key, 'not recorded')}, this "
-                             f"run has {key} = {value}; resume with the same flags, or give its weights to --init of a "
-                             f"new run (python weights.py {folder} --out DIR)")
     steps_seen = [None] * dist.get_world_size()
     dist.all_gather_object(steps_seen, saved["step"])
     if len(set(steps_seen)) > 1:
@@ -376,81 +443,6 @@ def load_checkpoint(folder, policy, optimizer, ema, meta):
     if ema is not None:
         set_model_state_dict(ema, state["ema"])
     return saved["step"], saved.get("skipped", 0)
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# the reference's errors, scored once
-
-def open_errors(path, key, positions):
-    """
-    The reference's errors scored so far: (positions or more, 2) float32, win and lose, NaN where a position is not
-    scored yet. All ranks read the file.
-
-    key {name: value}: everything that decides the errors besides the position. ValueError if the file at path was
-    scored with another key, or is no such file.
-    """
-    errors = torch.full((positions, 2), float("nan"))
-    if not Path(path).exists():
-        return errors
-    try:
-        with safe_open(path, "pt") as file:
-            stored_key, stored = json.loads(file.metadata()["key"]), file.get_tensor("errors")
-        if stored.shape[1:] != (2,) or stored.dtype != torch.float32 or not isinstance(stored_key, dict):
-            raise ValueError(f"errors {tuple(stored.shape)} {stored.dtype}")
-    except (SafetensorError, OSError, TypeError, KeyError, ValueError) as error:
-        raise ValueError(f"{path}: not the errors of a reference, (positions, 2) float32 with their key ({error}); "
-                         "delete it to score them again") from error
-    for name, value in key.items():
-        if stored_key.get(name) != value:
-            raise ValueError(f"{path}: the reference's errors in it were scored with {name} = {stored_key.get(name)}, "
-                             f"this run has {name} = {value}; use the same, another --out, or delete that file to "
-                             "score them again")
-    return torch.cat([stored, errors[len(stored):]])
-
-
-def merge_errors(path, key, errors):
-    """
-    Add what is scored in `errors` to the file at path: of two runs at once neither undoes what the other has scored.
-    """
-    folder = os.open(Path(path).parent, os.O_RDONLY)
-    with suppress(OSError):                                # on a file system without locks
-        fcntl.flock(folder, fcntl.LOCK_EX)                 # until it is closed, by a kill too
-    merged = open_errors(path, key, len(errors))
-    merged[:len(errors)] = torch.where(errors.isnan(), merged[:len(errors)], errors)
-    write_whole(path, save({"errors": merged}, metadata={"key": json.dumps(key)}))
-    os.close(folder)
-
-
-@torch.no_grad()
-def score_reference(path, key, errors, steps, batch_size, score, positions, ranks, every=30.0):
-    """
-    Score the missing positions of these steps and fill them into errors (of open_errors), on every rank alike.
-
-    score(range of positions) -> (2, B). positions(step) -> the ranges of this rank, as in training, so that an error is
-    what it would be there to the last bit. The file at path is written every so many seconds and at the end, so a run
-    that is killed continues from there.
-    """
-    dist.barrier()                                         # everyone has read the file
-    written = time.monotonic()
-    ranks_a_pair = ranks.world // ranks.data_ranks         # they share their pairs: the first of them speaks
-    speaks = ranks.rank % ranks_a_pair == 0
-    missing = [step for step in steps if errors[step * batch_size:(step + 1) * batch_size].isnan().any()]
-    for step in tqdm(missing, desc="reference errors", unit="step", disable=ranks.rank != 0 or not missing):
-        begin, end = step * batch_size, (step + 1) * batch_size
-        of_step = torch.zeros(batch_size, 2)
-        for part in positions(step):
-            scored = score(part).T.cpu()
-            of_step[part.start - begin:part.stop - begin] = scored if speaks else 0
-        of_step = of_step.to(ranks.device)
-        # every position has one speaker, so the sum is that one's number
-        dist.all_reduce(of_step)
-        errors[begin:end] = of_step.cpu()
-        if ranks.rank == 0 and time.monotonic() - written > every:
-            merge_errors(path, key, errors)
-            written = time.monotonic()
-    if missing and ranks.rank == 0:
-        merge_errors(path, key, errors)
-    dist.barrier()
 
 
 # ------------------------------------------------------------------------------------------------------------------

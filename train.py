@@ -23,14 +23,15 @@ import losses
 from curves import Watch
 from data import collate, draw, order, randomness, weights_digest
 from evaluate import audit_report, hold_back, is_toy_data, mark_scores, open_dataset, open_held_out, open_probe
-from fsdp_utils import build_model, clip_gradients, ema_update, exchange_branches, matrix_dtype, positions_of
-from fsdp_utils import start_ranks
+from fsdp_utils import build_model, clip_gradients, ema_update, exchange_branches, make_optimizer, matrix_dtype
+from fsdp_utils import positions_of, start_ranks
 from losses import add_noise, flow_error, importance_weight, next_sigma, safeguard_coefficient, velocity_target
 from memory import check_memory_flags, memory_gib, memory_plan
 from model import CONFIGS, hold_first_frame
-from run_folder import Signals, add_up, begin_log, check_common_flags, check_first_margin, check_folder, describe_run
-from run_folder import diagnostics, load_checkpoint, log_row, open_errors, read_items, report_skipped, run_settings
-from run_folder import score_reference, summarise
+from ref_cache import RefErrors
+from run_folder import Signals, add_folder_flags, add_up, begin_log, check_common_flags, check_first_margin
+from run_folder import check_folder, check_same_run, describe_run, diagnostics, load_checkpoint, lock_folder, log_row
+from run_folder import read_items, releases_locks, report_skipped, run_settings, summarise
 from weights import check_timesteps, export_weights, find_model, locate_weights, refuse_lone_expert
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -68,8 +69,9 @@ class Objective:
 
 
 def number_or_dgr(text):
+    """None for "dgr", as losses.regdpo_loss has it."""
     try:
-        return text if text == "dgr" else float(text)
+        return None if text == "dgr" else float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: expected 'dgr' or a number") from None
 
@@ -79,19 +81,6 @@ def importance_weights(args, pair):
     sigma_next = next_sigma(pair.sigma, args.weight_steps, args.flow_shift)
     weight_win = importance_weight(pair.err_win, pair.sigma, sigma_next)
     return weight_win, importance_weight(pair.err_lose, pair.sigma, sigma_next)
-
-
-def regdpo(args, pair):
-    r = None if args.r == "dgr" else args.r
-    return losses.regdpo_loss(*pair[:4], args.beta, r, args.r_scale, args.r_min)
-
-
-def dpo_cm(args, pair):
-    return losses.dpo_cm_loss(*pair[:4], args.beta, *importance_weights(args, pair), args.threshold, args.clip)
-
-
-def diffusion_sdpo(args, pair):
-    return losses.diffusion_sdpo_loss(*pair[:4], args.beta, safeguard_coefficient(*pair.outputs, args.mu))
 
 
 # flags that several objectives share
@@ -105,13 +94,16 @@ OBJECTIVES = {
         (Flag("caption_dropout", 0.0, "share of captions replaced by the empty one; guidance needs 0.1"),),
         scale=lambda args: 1.0, reads_pairs=False, needs_ref=False),
     "dpo": Objective(lambda args, pair: losses.dpo_loss(*pair[:4], args.beta), (BETA,)),
-    "regdpo": Objective(regdpo, (
+    "regdpo": Objective(
+        lambda args, pair: losses.regdpo_loss(*pair[:4], args.beta, args.r, args.r_scale, args.r_min), (
         BETA,
         Flag("r", "dgr", "weight of Reg-DPO's SFT term: 'dgr', or a fixed number", number_or_dgr),
         Flag("r_scale", 1.0, "r = max(r_scale * dgr, r_min)"),
         Flag("r_min", 0.0, "lower bound of r; 0: none"))),
-    "dpo_cm": Objective(dpo_cm, (
-        BETA, CLIP, WEIGHT_STEPS, Flag("threshold", 0.9, "drop pairs whose importance weight is lower"))),
+    "dpo_cm": Objective(
+        lambda args, pair: losses.dpo_cm_loss(
+            *pair[:4], args.beta, *importance_weights(args, pair), args.threshold, args.clip),
+        (BETA, CLIP, WEIGHT_STEPS, Flag("threshold", 0.9, "drop pairs whose importance weight is lower"))),
     "sdpo": Objective(
         lambda args, pair: losses.sdpo_loss(*pair[:4], args.beta, *importance_weights(args, pair), args.clip),
         (BETA, CLIP, WEIGHT_STEPS)),
@@ -122,7 +114,8 @@ OBJECTIVES = {
         lambda args, pair: losses.dpop_loss(*pair[:4], args.beta, args.penalty),
         (BETA, Flag("penalty", 5.0, "weight of a win that got worse than the reference's"))),
     "diffusion_sdpo": Objective(
-        diffusion_sdpo,
+        lambda args, pair: losses.diffusion_sdpo_loss(
+            *pair[:4], args.beta, safeguard_coefficient(*pair.outputs, args.mu)),
         (BETA, Flag("mu", 0.9, "share of the win's descent that is guaranteed, 0 to 1")), needs_outputs=True),
     "preference": Objective(
         lambda args, pair: losses.preference_loss(pair.err_win, pair.err_lose),
@@ -135,8 +128,6 @@ MAY_CHANGE = {
     "out", "resume", "init", "data", "grad_accum", "bad_samples", "backward", "cp_size", "replicate", "ref",
     "checkpointing", "chunk_tokens", "compile", "offload_activations", "offload_params", "save_every", "keep",
     "save_minutes", "log_every", "probe_every", "sample_every", "eval_clips"}
-# What decides the reference's errors at a position, in addition to the device.
-DECIDE_REF_ERRORS = ("init", "data", "seed", "timestep_sampling", "flow_shift", "min_timestep", "max_timestep")
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -186,10 +177,7 @@ def parse_args(argv):
     p.add_argument("--offload_activations", action="store_true", help="keep what backward needs in CPU memory")
     p.add_argument("--offload_params", action="store_true", help="keep weights and AdamW's state in CPU memory")
     # the run's folder
-    p.add_argument("--save_every", type=int, default=100, help="steps between checkpoints")
-    p.add_argument("--keep", type=int, default=2, help="checkpoints that stay on disk")
-    p.add_argument("--save_minutes", type=float, default=30.0, help="also save every this many minutes (0: off)")
-    p.add_argument("--resume", default="", help="a step folder, 'latest', or 'auto': latest where there is one")
+    add_folder_flags(p, save_every=100)                    # --save_every --keep --save_minutes --resume
     p.add_argument("--probe_every", type=int, default=50, help="steps between looks at held-out pairs; 0: never")
     p.add_argument("--hold_back", type=int, default=0, help="wins kept for the probe, with all their losers")
     p.add_argument("--log_every", type=int, default=10, help="steps between printed lines; log.jsonl has every step")
@@ -232,7 +220,7 @@ def check_args(args, ranks):
 def check_objective(args, objective):
     """Refuse flags that this objective does not read, or cannot work with."""
     for name, flag in objective_flags().items():
-        if flag not in objective.flags and getattr(args, name) != flag.default:
+        if flag not in objective.flags and getattr(args, name) != flag.type(flag.default):
             users = " or ".join(user for user, other in OBJECTIVES.items() if flag in other.flags)
             raise ValueError(f"--{name} {getattr(args, name)} does nothing in --loss {args.loss}; it belongs to --loss "
                              f"{users}")
@@ -270,17 +258,14 @@ def read_batch(args, dataset, positions, device):
     items = read_items(dataset, indices, skip)
     # the scorer judges every sigma alike: where a sampler has few steps most can be seen
     flow_shift = 1.0 if OBJECTIVES[args.loss].trains_scores else args.flow_shift
-    sigmas, noises = [], []
+    limits = (flow_shift, args.min_timestep, args.max_timestep, args.timestep_sampling)
+    draws = [draw(args.seed, position, item["win"].shape, *limits) for position, item in zip(positions, items)]
     for position, item in zip(positions, items):
-        sigma, noise = draw(args.seed, position, item["win"].shape, flow_shift, args.min_timestep, args.max_timestep,
-                            args.timestep_sampling)
-        sigmas.append(sigma)
-        noises.append(noise)
         if torch.rand((), generator=randomness(args.seed, position, "dropout")) < args.caption_dropout:
             item["context"] = item["context"][:0]
     batch = collate(items)
-    batch["sigma"] = torch.tensor(sigmas)                  # (B,)
-    batch["noise"] = torch.stack(noises)                   # (B, C, F, H, W)
+    batch["sigma"] = torch.tensor([sigma for sigma, _ in draws])              # (B,)
+    batch["noise"] = torch.stack([noise for _, noise in draws])               # (B, C, F, H, W)
     batch = {name: value.to(device) if torch.is_tensor(value) else value for name, value in batch.items()}
     batch["counts"] = {"bad_samples": sum(index in dataset.bad for index in indices) if skip else 0}
     for source in dataset.sources:
@@ -454,6 +439,7 @@ def learning_rate(args, step):
 
 # ------------------------------------------------------------------------------------------------------------------
 
+@releases_locks
 def main(args, dataset=None):
     """dataset: an object as data.py describes it, in place of --data."""
     # ---------------- ranks
@@ -473,22 +459,19 @@ def main(args, dataset=None):
     weights = "scratch" if args.init == "scratch" else weights_digest(args.init)
     contents = f"{len(dataset)} items, {dataset.fingerprint()}"
     fixed = run_settings(args, may_change, init=weights, data=contents)
-    scored_with = {name: fixed[name] for name in DECIDE_REF_ERRORS} | {"device": ranks.device.type}
-    errors_path = args.out / "ref_errors.safetensors"
-    errors = None                                          # the reference's, at every position, with --ref cached
-    if args.ref == "cached":
-        errors = open_errors(errors_path, scored_with, args.steps * args.batch_size)
+    memory = check_memory_flags(args)
+    check_same_run(args.resume, fixed)
+    scored = RefErrors(args, fixed, memory, ranks) if args.ref == "cached" else None
 
     # ---------------- models
     trained_config = replace(config, scores=objective.trains_scores)
-    memory = check_memory_flags(args)
 
     def build(config, trained=False, offload=False):
         return build_model(args.init, config, ranks, memory, trained, offload, args.seed)
 
     policy = build(trained_config, trained=True, offload=args.offload_params)
     ref = None
-    if objective.needs_ref and (errors is None or errors.isnan().any()):
+    if objective.needs_ref and not (scored and scored.is_complete):
         ref = build(config, offload=args.ref == "offload").eval().requires_grad_(False)
     ema = None
     if args.ema_decay:
@@ -497,15 +480,16 @@ def main(args, dataset=None):
 
     # ---------------- optimizer
     trainable = [p for p in policy.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
+    optimizer = make_optimizer(policy, args.weight_decay, args.loss_scale)
 
     # ---------------- what is looked at, while the policy is still the reference
     probe = open_probe(args, config, dataset, held_back, both_errors, policy, ranks)
     held_out = None if objective.trains_scores else open_held_out(args, dataset, held_back)
 
     # ---------------- resume
+    lock_folder(args.out, ranks)
     checkpoint = Path(args.resume)
-    start, skipped = load_checkpoint(args.resume, policy, optimizer, ema, fixed)
+    start, skipped = load_checkpoint(args.resume, policy, optimizer, ema)
     log_path = args.out / "log.jsonl"
     rows = begin_log(args, start, ranks=ranks.world) if ranks.rank == 0 else []
     dist.barrier()
@@ -524,11 +508,10 @@ def main(args, dataset=None):
             print(audit_report(dataset, args.min_timestep / 1000))
     if held_out and args.init != "scratch":
         held_out.judge("before", build(config) if ref is None else ref, ranks, keep=True)
-    if errors is not None:
+    if scored:
         def score(positions):
             return reference_errors(args, ref, read_batch(args, dataset, positions, ranks.device), ranks)
-        score_reference(errors_path, scored_with, errors, range(start, args.steps), args.batch_size, score,
-                        lambda step: positions_of(args, ranks, step), ranks)
+        scored.score(score, start)
         ref = None
         gc.collect()                                       # a sharded model refers to itself and would stay for a while
 
@@ -545,9 +528,8 @@ def main(args, dataset=None):
         sums, margins, samples = {}, [], []
         for positions in positions_of(args, ranks, step):
             batch = read_batch(args, dataset, positions, ranks.device)
-            if errors is not None:
-                ref = errors[positions.start:positions.stop].T.to(ranks.device)
-            metrics = backward_batch(args, policy, ref, batch, scale, ranks)
+            ref_or_errors = scored.at(positions) if scored else ref
+            metrics = backward_batch(args, policy, ref_or_errors, batch, scale, ranks)
             add_up(sums, metrics, batch["sigma"], batch["counts"])
             margins += metrics["margin"].tolist() if objective.reads_pairs else []
             samples += zip(batch["names"], metrics["loss"].tolist())
@@ -555,7 +537,7 @@ def main(args, dataset=None):
         if objective.reads_pairs and step == 0:
             check_first_margin(row["margin_abs"], margin_beta, half=matrix_dtype(ranks.device.type) is not None)
 
-        # dpo_cm takes the mean over the pairs that it kept
+        # dpo_cm takes the mean over the pairs that it kept; a step that keeps none changes nothing
         kept = sums["pairs"] / max(1, sums["kept"]) if "kept" in sums else 1.0
         row["grad_norm"] = clip_gradients(trainable, args.max_grad_norm, kept)
         row["lr"] = learning_rate(args, step)
@@ -563,9 +545,10 @@ def main(args, dataset=None):
             group["lr"] = row["lr"]
         if math.isfinite(row["grad_norm"]) and math.isfinite(row["loss"]):
             skipped = 0
-            optimizer.step()
-            if ema is not None:
-                ema_update(ema, policy, min(args.ema_decay, (step + 1) / (step + 10)))
+            if sums.get("kept", 1):
+                optimizer.step()
+                if ema is not None:
+                    ema_update(ema, policy, min(args.ema_decay, (step + 1) / (step + 10)))
         else:
             skipped += 1
             report_skipped(step, skipped, samples)

@@ -26,16 +26,17 @@ from torch.distributed.elastic.multiprocessing.errors import record
 import toy
 from data import collate, order, randomness, weights_digest
 from evaluate import Captions, HeldOut, open_captions, sampler_of
-from fsdp_utils import build_model, clip_gradients, ema_update, matrix_dtype, positions_of, spread, start_ranks, total
+from fsdp_utils import build_model, clip_gradients, ema_update, make_optimizer, matrix_dtype, positions_of
+from fsdp_utils import spread, start_ranks, total
 from losses import add_noise, spo_loss
 from memory import check_memory_flags, memory_gib, memory_plan
-from run_folder import Signals, begin_log, check_common_flags, check_first_margin, check_folder, load_checkpoint
-from run_folder import describe_run, log_row, report_skipped, run_settings
+from run_folder import Signals, add_folder_flags, begin_log, check_common_flags, check_first_margin, report_skipped
+from run_folder import check_folder, check_same_run, describe_run, load_checkpoint, lock_folder, log_row
+from run_folder import releases_locks, run_settings
 from sample import KERNELS, call_model, log_density, step_coefficients, step_distribution, uniform_grid
 from weights import export_weights, find_experts, locate_weights, open_wan
 
 LARGEST_WEIGHT = 10.0   # of --step_weight inverse; the first of 20 steps would have 30
-
 # What may differ from the run that is resumed; all else must not, and --init, --score and --data must hold the same.
 MAY_CHANGE = {
     "out", "resume", "init", "score", "data", "steps", "grad_accum", "cp_size", "ref", "checkpointing", "chunk_tokens",
@@ -90,10 +91,7 @@ def parse_args(argv):
     p.add_argument("--offload_activations", action="store_true", help="keep what backward needs in CPU memory")
     p.add_argument("--offload_params", action="store_true", help="keep weights and AdamW's state in CPU memory")
     # the run's folder
-    p.add_argument("--save_every", type=int, default=10, help="steps between checkpoints")
-    p.add_argument("--keep", type=int, default=2, help="checkpoints that stay on disk")
-    p.add_argument("--save_minutes", type=float, default=30.0, help="also save every this many minutes (0: off)")
-    p.add_argument("--resume", default="", help="a step folder, 'latest', or 'auto': latest where there is one")
+    add_folder_flags(p, save_every=10)                     # --save_every --keep --save_minutes --resume
     # the embedded world
     p.add_argument("--eval_clips", type=int, default=256, help="held-out captions evaluated, 64 or more; 0: none")
     return p.parse_args(argv)
@@ -429,6 +427,7 @@ def evaluate(args, held_out, title, model, ranks):
 
 # ------------------------------------------------------------------------------------------------------------------
 
+@releases_locks
 def main(args):
     # ---------------- ranks
     ranks = start_ranks(cp_size=args.cp_size)
@@ -443,6 +442,7 @@ def main(args):
     contents = {"init": weights_digest(args.init), "data": f"{len(captions)} captions, {captions.fingerprint()}"}
     contents["score"] = weights_digest(args.score) if judge_config else "toy"
     fixed = run_settings(args, MAY_CHANGE, **contents)
+    check_same_run(args.resume, fixed)
 
     # ---------------- models and optimizer
     memory = check_memory_flags(args)
@@ -459,11 +459,12 @@ def main(args):
         judge = build_frozen(args.score, judge_config, offload=args.ref == "offload")
         score = preference_score(judge, ref, args.guidance, args.seed)
     trainable = list(policy.parameters())
-    optimizer = torch.optim.AdamW(trainable, betas=(0.9, 0.95), weight_decay=args.weight_decay, fused=True)
+    optimizer = make_optimizer(policy, args.weight_decay, loss_scale=1 / args.beta)
 
     # ---------------- resume
+    lock_folder(args.out, ranks)
     checkpoint = Path(args.resume)
-    start, skipped = load_checkpoint(args.resume, policy, optimizer, ema, fixed)
+    start, skipped = load_checkpoint(args.resume, policy, optimizer, ema)
     log_path = args.out / "log.jsonl"
     if ranks.rank == 0:
         begin_log(args, start, ranks=ranks.world)

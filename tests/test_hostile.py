@@ -20,7 +20,7 @@ from safetensors.torch import save
 import encode
 import step_folder
 from data import open_data, read_header, read_sample, write_sample
-from run_folder import open_errors
+from ref_cache import open_errors
 from conftest import ROOT
 
 hypothesis = pytest.importorskip("hypothesis", reason="hostile inputs are drawn by hypothesis (requirements-video.txt)")

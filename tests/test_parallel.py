@@ -1,4 +1,7 @@
-"""Whatever ranks share the work, and wherever memory is taken from, the gradient is that of the loss written down plainly in one process."""
+"""
+Whatever ranks share the work, and wherever memory is taken from, the gradient is that of the loss written down plainly
+in one process.
+"""
 import copy
 import dataclasses
 import hashlib
@@ -23,7 +26,7 @@ from fsdp_utils import ContextParallel, start_ranks
 from memory import check_memory_flags, checkpoint_blocks, chunk_blocks
 from model import CONFIGS, WanModel
 from weights import save_wan
-from run_folder import open_errors, score_reference
+from ref_cache import open_errors, score_reference
 from evaluate import sample_held_out, sampler_of
 from conftest import pair_loss, main_fails, on_ranks, run, same_run, textbook_error, train_main
 from experiments import variants
@@ -34,7 +37,8 @@ LOSSES = ("sft", "dpo", "regdpo", "sdpo", "diffusion_sdpo")
 
 def arguments(loss, flags=""):
     args = train.parse_args(["--loss", loss, "--min_timestep", "300", "--batch_size", "4", *flags.split()])
-    args.beta = 20.0                                                     # two random models are far apart; 1000 would saturate
+    # two random models are far apart; 1000 would saturate
+    args.beta = 20.0
     return args
 
 
@@ -44,7 +48,10 @@ def double(batch):
 
 @pytest.fixture(scope="module")
 def plain(world, tmp_path_factory):
-    """A folder with a policy, a reference, and for every loss the gradient of its mean over four pairs as one would write it down: {loss: {name: gradient}}."""
+    """
+    A folder with a policy, a reference, and for every loss the gradient of its mean over four pairs as one would write
+    it down: {loss: {name: gradient}}.
+    """
     folder = tmp_path_factory.mktemp("plain")
     torch.manual_seed(3)
     models = [WanModel(CONFIG).double() for _ in range(2)]
@@ -64,12 +71,19 @@ def plain(world, tmp_path_factory):
         args = arguments(loss)
         win, v_win, t_win = textbook_error(policy, batch, "win")
         lose, v_lose, t_lose = textbook_error(policy, batch, "lose")
-        value = win if loss == "sft" else pair_loss(args, win, lose, ref_win, ref_lose, batch["sigma"], (v_win, t_win, v_lose, t_lose))[0]
+        value = (
+            win
+            if loss == "sft"
+            else pair_loss(args, win, lose, ref_win, ref_lose, batch["sigma"], (v_win, t_win, v_lose, t_lose))[0]
+        )
         expected[loss] = gradient(value)
-    win, lose = (textbook_error(policy, batch, side)[0] for side in ("win", "lose"))                  # the branches of one loss apart, each with the other held
+    # the branches of one loss apart, each with the other held
+    win, lose = (textbook_error(policy, batch, side)[0] for side in ("win", "lose"))
     expected["win"] = gradient(pair_loss(arguments("regdpo"), win, lose.detach(), ref_win, ref_lose, batch["sigma"])[0])
     lose, _, _ = textbook_error(policy, batch, "lose")
-    expected["lose"] = gradient(pair_loss(arguments("regdpo"), win.detach(), lose, ref_win, ref_lose, batch["sigma"])[0])
+    expected["lose"] = gradient(
+        pair_loss(arguments("regdpo"), win.detach(), lose, ref_win, ref_lose, batch["sigma"])[0]
+    )
     torch.save(expected, folder / "expected.pt")
     return folder
 
@@ -85,7 +99,9 @@ def sharded_models(args, folder):
     torch.set_default_dtype(torch.float64)
     try:
         flags = check_memory_flags(args)
-        ref = train.build_model(folder / "ref", CONFIG, ranks, flags, offload=args.ref == "offload").requires_grad_(False)
+        ref = train.build_model(folder / "ref", CONFIG, ranks, flags, offload=args.ref == "offload").requires_grad_(
+            False
+        )
         policy = train.build_model(folder / "policy", CONFIG, ranks, flags, trained=True, offload=args.offload_params)
     finally:
         torch.set_default_dtype(torch.float32)
@@ -95,32 +111,55 @@ def sharded_models(args, folder):
 def worst(policy, expected):
     """Relative to the whole gradient of a parameter, the difference in the rows that this rank holds; the worst one."""
     rows = lambda name, p: expected[name][slice(*fsdp_utils.my_rows(p))]
-    return max(((p.grad.to_local() - rows(name, p)).norm() / expected[name].norm()).item() for name, p in policy.named_parameters())
+    return max(
+        ((p.grad.to_local() - rows(name, p)).norm() / expected[name].norm()).item()
+        for name, p in policy.named_parameters()
+    )
 
 
 def worst_gradients(world, folder, flags, kinds):
-    """{loss: worst relative difference of a gradient from the plain one}, of this rank's share of the four pairs, back-propagated as the flags say."""
+    """
+    {loss: worst relative difference of a gradient from the plain one}, of this rank's share of the four pairs,
+    back-propagated as the flags say.
+    """
     expected, found = plain_gradients(folder), {}
     args = arguments("dpo", flags)
     ranks, policy, ref = sharded_models(args, folder)
     per_rank = 4 // ranks.data_ranks
     dataset = open_data(world / "data", pairs=True)
-    batch = double(train.read_batch(args, dataset, range(ranks.data_rank * per_rank, (ranks.data_rank + 1) * per_rank), "cpu"))
+    batch = double(
+        train.read_batch(args, dataset, range(ranks.data_rank * per_rank, (ranks.data_rank + 1) * per_rank), "cpu")
+    )
     known = train.reference_errors(args, ref, batch, ranks)
     for loss in kinds:
         args = arguments(loss, flags)
         policy.zero_grad()
-        train.backward_batch(args, policy, ref if loss == "regdpo" and args.ref != "cached" else known, batch, ranks.world / 4, ranks)
+        train.backward_batch(
+            args, policy, ref if loss == "regdpo" and args.ref != "cached" else known, batch, ranks.world / 4, ranks
+        )
         found[loss] = worst(policy, expected[loss])
     return found
 
 
-@pytest.mark.parametrize("ranks, flags", [
-    (2, ""), (2, "--backward sequential --replicate 2"), (2, "--backward pair --checkpointing selective --offload_activations"), (2, "--cp_size 2 --ref cached --checkpointing chunked --chunk_tokens 5 --offload_activations"),
-    (2, "--cp_size 2 --backward sequential --checkpointing full --offload_activations --offload_params --ref offload"),
-    (4, "--backward pair --ref cached"), (4, "--cp_size 4 --checkpointing selective"), (4, "--cp_size 2 --backward pair"),
-    (4, "--replicate 2 --backward sequential --offload_params --checkpointing selective --offload_activations"),
-    (8, "--cp_size 2 --backward pair --replicate 2 --checkpointing full --chunk_tokens 9")])
+@pytest.mark.parametrize(
+    "ranks, flags",
+    [
+        (2, ""),
+        (2, "--backward sequential --replicate 2"),
+        (2, "--backward pair --checkpointing selective --offload_activations"),
+        (2, "--cp_size 2 --ref cached --checkpointing chunked --chunk_tokens 5 --offload_activations"),
+        (
+            2,
+            "--cp_size 2 --backward sequential --checkpointing full --offload_activations --offload_params --ref "
+            "offload",
+        ),
+        (4, "--backward pair --ref cached"),
+        (4, "--cp_size 4 --checkpointing selective"),
+        (4, "--cp_size 2 --backward pair"),
+        (4, "--replicate 2 --backward sequential --offload_params --checkpointing selective --offload_activations"),
+        (8, "--cp_size 2 --backward pair --replicate 2 --checkpointing full --chunk_tokens 9"),
+    ],
+)
 def test_the_gradient_of_every_loss_is_that_of_one_process_and_one_graph(world, plain, ranks, flags):
     refused = ({"sft"} if "--backward" in flags else set()) | ({"diffusion_sdpo"} if "pair" in flags else set())
     kinds = [loss for loss in LOSSES if loss not in refused]
@@ -132,7 +171,10 @@ def test_the_gradient_of_every_loss_is_that_of_one_process_and_one_graph(world, 
 # context parallelism
 
 def shared_tokens(cases):
-    """For each (grid of tokens, whether each has a timestep of its own): worst relative difference between a model whose tokens four ranks share and a whole one."""
+    """
+    For each (grid of tokens, whether each has a timestep of its own): worst relative difference between a model whose
+    tokens four ranks share and a whole one.
+    """
     group = start_ranks(cp_size=4).cp_group
     return [one_difference(group, *case) for case in cases]
 
@@ -147,7 +189,11 @@ def one_difference(group, grid, per_token):
     checkpoint_blocks(shared, "selective")
     f, h, w = grid
     x, y = torch.randn(2, 12, f, 2 * h, 2 * w).double(), torch.randn(2, 3, f, 2 * h, 2 * w).double()
-    timestep = torch.tensor([900.0, 300.0])[:, None] * (torch.arange(f * h * w) >= h * w) if per_token else torch.tensor([900.0, 300.0])
+    timestep = (
+        torch.tensor([900.0, 300.0])[:, None] * (torch.arange(f * h * w) >= h * w)
+        if per_token
+        else torch.tensor([900.0, 300.0])
+    )
     inputs = (x, timestep.double(), torch.randn(2, 5, 32).double(), y, torch.randn(2, 257, 8).double())
     mask = torch.ones(1, 1, f, 1, 1).double()
     mask[:, :, 0] = f == 1                                               # as for a first frame that is given
@@ -158,7 +204,8 @@ def one_difference(group, grid, per_token):
         found.append((v.detach(), [p.grad for p in each.parameters()]))
     (v, gradients), (v_shared, parts) = found
     for part in parts:
-        dist.all_reduce(part)                                            # the sum over shares, which FSDP takes in training
+        # the sum over shares, which FSDP takes in training
+        dist.all_reduce(part)
     with torch.no_grad():                                                # sampling needs nothing special
         again = shared(*inputs)
     return max([((v_shared - v).norm() / v.norm()).item(), ((again - v).norm() / v.norm()).item(),
@@ -166,7 +213,8 @@ def one_difference(group, grid, per_token):
 
 
 def test_tokens_shared_by_four_ranks_change_nothing_whether_they_divide_or_not():
-    cases = [((3, 2, 2), False), ((2, 3, 3), True), ((5, 1, 1), True), ((1, 1, 1), False)]             # of 5 the last rank has none, of 1 only the first has it
+    # of 5 the last rank has none, of 1 only the first has it
+    cases = [((3, 2, 2), False), ((2, 3, 3), True), ((5, 1, 1), True), ((1, 1, 1), False)]
     for differences in on_ranks(4, shared_tokens, cases):
         assert max(differences) < 1e-12, differences
 
@@ -203,7 +251,8 @@ def branch_norms(world, folder, flags):
     return found, worst(policy, expected["regdpo"]), aside
 
 
-@pytest.mark.parametrize("ranks, flags", [(2, "--backward sequential"), (4, "--backward sequential --replicate 2 --cp_size 2 --offload_params")])
+@pytest.mark.parametrize("ranks, flags", [(2, "--backward sequential"), (4, "--backward sequential --replicate 2 "
+                                                                            "--cp_size 2 --offload_params")])
 def test_branch_norms_and_their_cosine_are_those_of_the_branches_differentiated_apart(world, plain, ranks, flags):
     expected = plain_gradients(plain)
     win, lose = (torch.cat([g.flatten() for g in expected[kind].values()]) for kind in ("win", "lose"))
@@ -218,7 +267,10 @@ def test_branch_norms_and_their_cosine_are_those_of_the_branches_differentiated_
 # who holds what
 
 def one_step(folder, flags):
-    """A digest of the whole weights as this rank sees them after a step from random ones, how many numbers it holds, and how many there are."""
+    """
+    A digest of the whole weights as this rank sees them after a step from random ones, how many numbers it holds, and
+    how many there are.
+    """
     args = arguments("sft", f"--init scratch {flags}")
     ranks = start_ranks(cp_size=args.cp_size, replicate=args.replicate)
     policy = train.build_model("scratch", CONFIG, ranks, offload=args.offload_params)
@@ -228,28 +280,52 @@ def one_step(folder, flags):
     train.backward_batch(args, policy, None, batch, 1.0, ranks)
     optimizer.step()
     after = torch.cat([p.full_tensor().flatten() for p in policy.parameters()]).detach()
-    assert (after - before).abs().max() > 5e-4                           # the head starts at zero, so few others move in a first step
-    return hashlib.sha256(after.numpy().tobytes()).hexdigest(), sum(p.to_local().numel() for p in policy.parameters()), len(after)
+    # the head starts at zero, so few others move in a first step
+    assert (after - before).abs().max() > 5e-4
+    return (
+        hashlib.sha256(after.numpy().tobytes()).hexdigest(),
+        sum(p.to_local().numel() for p in policy.parameters()),
+        len(after),
+    )
 
 
 @pytest.mark.parametrize("flags, groups", [("", 1), ("--replicate 2 --offload_params", 2)])
 def test_four_ranks_train_one_model_and_by_default_each_holds_a_quarter_of_it(world, flags, groups):
     digests, held, whole = zip(*on_ranks(4, one_step, world / "data", flags))
     assert len(set(digests)) == 1
-    assert sum(held) == groups * whole[0] and max(held) < 1.2 * groups * whole[0] / 4                  # modulations of one row stay whole on one rank
+    # modulations of one row stay whole on one rank
+    assert sum(held) == groups * whole[0] and max(held) < 1.2 * groups * whole[0] / 4
 
 
 def test_the_plan_says_what_is_on_each_rank_and_what_on_the_cpu():
     ranks = SimpleNamespace(mesh=SimpleNamespace(shape=(2, 8)), device=torch.device("cpu"), cp_size=4)
-    plan = lambda *flags: memory.memory_plan(train.parse_args(flags), CONFIGS["wan2.1-t2v-1.3b"], 2 ** 31, 2 ** 15 - 3, 2, True, ranks)
+    plan = lambda *flags: memory.memory_plan(
+        train.parse_args(flags), CONFIGS["wan2.1-t2v-1.3b"], 2**31, 2**15 - 3, 2, True, ranks
+    )
     # 2^31 numbers of 4 bytes over 8 ranks are 1 GiB
-    assert "weights 1.000, gradients 1.000, AdamW 2.000, reference 1.000, ema 1.000, kept activations 52.969; on top" in plan()
-    # 2 videos x 30 blocks x 2^13 tokens x 1536 numbers = 0.703125 * 2^30, of 2 bytes (every second stream), 4, 52, 8 + (11 + 8960 / 1536) * 4
-    line = plan("--checkpointing", "full", "--offload_params", "--chunk_tokens", "4096", "--ref", "offload", "--ema_decay", "0")
-    assert "weights 1.000 (CPU), gradients 1.000 (CPU), AdamW 2.000 (CPU), reference 1.000 (CPU), kept activations 1.406; on top" in line
+    assert (
+        "weights 1.000, gradients 1.000, AdamW 2.000, reference 1.000, ema 1.000, kept activations 52.969; on top"
+        in plan()
+    )
+    # 2 videos x 30 blocks x 2^13 tokens x 1536 numbers = 0.703125 * 2^30, of 2 bytes (every second stream), 4, 52, 8 +
+    # (11 + 8960 / 1536) * 4
+    line = plan(
+        "--checkpointing", "full", "--offload_params", "--chunk_tokens", "4096", "--ref", "offload", "--ema_decay", "0"
+    )
+    assert (
+        "weights 1.000 (CPU), gradients 1.000 (CPU), AdamW 2.000 (CPU), reference 1.000 (CPU), kept activations "
+        "1.406; on top"
+        in line
+    )
     line = plan("--checkpointing", "selective", "--offload_activations", "--ref", "cached", "--backward", "sequential")
-    assert "gradients 1.000" in line and "reference 1.000 while it is scored, then 0" in line and "kept activations 36.562 (CPU)" in line
-    assert "kept activations 14.062;" in plan("--checkpointing", "chunked", "--chunk_tokens", "4096") and "kept activations 2.812 (CPU)" in plan("--checkpointing", "full", "--offload_activations")
+    assert (
+        "gradients 1.000" in line
+        and "reference 1.000 while it is scored, then 0" in line
+        and "kept activations 36.562 (CPU)" in line
+    )
+    assert "kept activations 14.062;" in plan(
+        "--checkpointing", "chunked", "--chunk_tokens", "4096"
+    ) and "kept activations 2.812 (CPU)" in plan("--checkpointing", "full", "--offload_activations")
     assert "kept activations 0.000" in plan("--loss", "preference")
 
 
@@ -257,7 +333,10 @@ def test_the_plan_says_what_is_on_each_rank_and_what_on_the_cpu():
 # kept activations on the CPU
 
 class Late(memory.Offload):
-    """A device whose copies happen as late as it may do them: when they are waited for, in the order in which they were asked for."""
+    """
+    A device whose copies happen as late as it may do them: when they are waited for, in the order in which they were
+    asked for.
+    """
     made = []
 
     def __init__(self):
@@ -266,7 +345,8 @@ class Late(memory.Offload):
         self.made.append(self)
 
     def copy(self, target, source):
-        if target._base is None:                                         # on the "device": what is not there yet must not pass for it
+        # on the "device": what is not there yet must not pass for it
+        if target._base is None:
             target.fill_(float("nan"))
         self.asked.append((target, weakref.ref(source)))
         return len(self.asked)
@@ -284,8 +364,19 @@ class Late(memory.Offload):
         return kept
 
 
-@pytest.mark.parametrize("mode, size, expected", [("full", 0, {1: 5}), ("off", 5, {1: 5 * 5}), ("selective", 0, {1: 5 * 13}), ("off", 0, {1: 5 * 13, 2: 5}), ("full", 5, {1: 5})])
-def test_offloaded_activations_are_copied_before_they_leave_and_back_before_they_are_used(monkeypatch, mode, size, expected):
+@pytest.mark.parametrize(
+    "mode, size, expected",
+    [
+        ("full", 0, {1: 5}),
+        ("off", 5, {1: 5 * 5}),
+        ("selective", 0, {1: 5 * 13}),
+        ("off", 0, {1: 5 * 13, 2: 5}),
+        ("full", 5, {1: 5}),
+    ],
+)
+def test_offloaded_activations_are_copied_before_they_leave_and_back_before_they_are_used(
+    monkeypatch, mode, size, expected
+):
     torch.manual_seed(0)
     plain = WanModel(dataclasses.replace(CONFIG, num_layers=5, text_len=4))
     torch.nn.init.normal_(plain.head.head.weight, std=0.2)
@@ -296,7 +387,8 @@ def test_offloaded_activations_are_copied_before_they_leave_and_back_before_they
         chunk_blocks(model, size)
     store = Late.made[-1]
 
-    def buffers():                                                       # hidden states of 2 videos of 27 tokens, of the FFN twice as wide, and nothing else
+    # hidden states of 2 videos of 27 tokens, of the FFN twice as wide, and nothing else
+    def buffers():
         return Counter(len(buffer) / (2 * 27 * 32 * 4) for buffer in store.free)
     for turn in range(2):
         inputs = torch.randn(2, 12, 3, 6, 6), torch.tensor([900.0, 300.0]), torch.randn(2, 3, 32)
@@ -304,7 +396,8 @@ def test_offloaded_activations_are_copied_before_they_leave_and_back_before_they
             model.zero_grad()
             model(*inputs).square().mean().backward()
         assert all(torch.equal(a.grad, b.grad) for a, b in zip(plain.parameters(), late.parameters()))
-        assert buffers() == expected and store.most == 2                 # used again in the second turn; two at a time still on the device
+        # used again in the second turn; two at a time still on the device
+        assert buffers() == expected and store.most == 2
     with torch.no_grad():
         late(*inputs)
     assert buffers() == expected
@@ -314,7 +407,10 @@ def test_offloaded_activations_are_copied_before_they_leave_and_back_before_they
 # the reference, scored once
 
 def scored(path, key, steps, die_at):
-    """Score two positions of each step on this rank; a position p has errors p + 1/4 and p + 1/2. Returns the steps it scored, and all errors."""
+    """
+    Score two positions of each step on this rank; a position p has errors p + 1/4 and p + 1/2. Returns the steps it
+    scored, and all errors.
+    """
     ranks, calls = start_ranks(), []
 
     def score(part):
@@ -324,7 +420,17 @@ def scored(path, key, steps, die_at):
         return torch.tensor([[p + 0.25 for p in part], [p + 0.5 for p in part]])
     errors = open_errors(path, key, 4 * steps)
     try:
-        score_reference(path, key, errors, range(steps), 4, score, lambda step: [range(4 * step + 2 * ranks.rank, 4 * step + 2 * ranks.rank + 2)], ranks, every=0.0)
+        score_reference(
+            path,
+            key,
+            errors,
+            range(steps),
+            4,
+            score,
+            lambda step: [range(4 * step + 2 * ranks.rank, 4 * step + 2 * ranks.rank + 2)],
+            ranks,
+            every=0.0,
+        )
     except KeyboardInterrupt:
         pass
     return calls, errors.tolist()
@@ -350,8 +456,16 @@ def with_average(world, tmp_path_factory):
     return run(world, tmp_path_factory.mktemp("live") / "out", *SMALL)
 
 
+def cached_errors(out):
+    """The only file of cached errors in a run's folder."""
+    (file,) = out.glob("ref_errors_*.safetensors")
+    return load_file(file)["errors"]
+
+
 def rows_without_times(found):
-    return [{k: v for k, v in row.items() if k not in ("seconds", "memory_gib", "tokens_per_second")} for row in found[0]]
+    return [
+        {k: v for k, v in row.items() if k not in ("seconds", "memory_gib", "tokens_per_second")} for row in found[0]
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -364,7 +478,7 @@ def test_a_cached_reference_gives_the_same_run_to_the_last_bit(with_average, wit
     folder, found = with_cache
     assert rows_without_times(found) == rows_without_times(with_average)
     assert all(torch.equal(found[1][name], with_average[1][name]) for name in found[1])
-    errors = load_file(folder / "out" / "ref_errors.safetensors")["errors"]
+    errors = cached_errors(folder / "out")
     assert errors.shape == (16, 2)                                       # 4 steps of 4 pairs
     for row, of_step in zip(found[0], errors.split(4)):
         assert [row["ref_err_win"], row["ref_err_lose"]] == pytest.approx(of_step.mean(0).tolist(), rel=1e-6)
@@ -373,27 +487,43 @@ def test_a_cached_reference_gives_the_same_run_to_the_last_bit(with_average, wit
 @pytest.mark.slow
 def test_a_run_cut_in_every_way_at_once_and_resumed_in_another_is_the_same_run(world, with_average, tmp_path):
     flags = (*SMALL, "--ref", "cached")
-    run(world, tmp_path / "out", *flags, "--steps", "2", "--replicate", "2", "--cp_size", "2", "--offload_params", "--checkpointing", "full", "--offload_activations", ranks=4)
-    before = load_file(tmp_path / "out" / "ref_errors.safetensors")["errors"]
-    found = run(world, tmp_path / "out", *flags, "--resume", "latest", "--backward", "sequential", "--checkpointing", "selective", "--offload_activations",
-                "--grad_accum", "2", ranks=2)
-    same_run(found, with_average)
-    errors = load_file(tmp_path / "out" / "ref_errors.safetensors")["errors"]
-    assert torch.equal(errors[:8], before) and errors.shape == (16, 2) and before.shape == (8, 2)
+    cut = "--steps 2 --replicate 2 --cp_size 2 --offload_params --checkpointing full --offload_activations"
+    run(world, tmp_path / "out", *flags, *cut.split(), ranks=4)
+    cut = "--resume latest --backward sequential --checkpointing selective --grad_accum 2"
+    resumed = run(world, tmp_path / "out", *flags, *cut.split(), ranks=2)
+    same_run(resumed, with_average)
 
 
-def test_a_cache_of_another_seed_or_of_changed_data_is_refused_before_anything_is_loaded(world, with_cache, tmp_path, monkeypatch):
+def test_errors_of_another_numerical_path_are_another_file_and_those_of_the_same_are_used(world, with_cache, tmp_path):
+    shutil.copytree(with_cache[0] / "out", tmp_path / "out")
+    before = cached_errors(tmp_path / "out")
+    (file,) = (tmp_path / "out").glob("ref_errors_*")
+    content = file.read_bytes()
+    flags = (*SMALL, "--ref", "cached", "--resume", "latest", "--steps", "5")
+    run(world, tmp_path / "out", *flags, "--backward", "sequential")       # from step 4 on by another path
+    assert len(list((tmp_path / "out").glob("ref_errors_*"))) == 2 and file.read_bytes() == content
+    run(world, tmp_path / "out", *flags, "--steps", "6")                   # by the first path: two more steps
+    errors = load_file(file)["errors"]
+    assert torch.equal(errors[:16], before) and errors.shape == (24, 2)
+    assert errors[:16].isfinite().all() and errors[16:20].isnan().all() and errors[20:].isfinite().all()
+
+
+def test_a_run_of_another_seed_or_on_changed_data_is_refused_before_anything_is_loaded(
+        world, with_cache, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "build_model", lambda *args: pytest.fail("a model was loaded"))
     shutil.copytree(with_cache[0] / "out", tmp_path / "out")
     shutil.copytree(world / "data", tmp_path / "data")
-    same = ("--ref", "cached", "--resume", "latest", "--min_timestep", "0")
+    same = (*SMALL, *"--ref cached --resume latest --min_timestep 0 --learning_rate 2e-4 --warmup_steps 2".split(),
+            "--max_grad_norm", "0.3")
     assert "seed = 0, this run has seed = 1" in main_fails(world, tmp_path, *same, "--seed", "1")
-    assert "min_timestep = 0.0, this run has min_timestep = 300.0" in main_fails(world, tmp_path, *same, "--min_timestep", "300")
+    message = main_fails(world, tmp_path, *same, "--min_timestep", "300")
+    assert "min_timestep = 0.0, this run has min_timestep = 300.0" in message
     path = tmp_path / "data" / "negatives" / "007.safetensors"
     tensors = load_file(path)
-    tensors["latents"] += 1e-3                                           # the same names and sizes
-    save_file(tensors, path, metadata=read_sample(world / "data" / "negatives" / path.name)["metadata"])
-    assert "scored with data = " in main_fails(world, tmp_path, *same, "--data", str(tmp_path / "data"))
+    tensors["latents"] += 1e-3                                             # the same names and sizes
+    metadata = read_sample(world / "data" / "negatives" / path.name)["metadata"]
+    save_file(tensors, path, metadata=metadata)
+    assert "trained with data = " in main_fails(world, tmp_path, *same, "--data", str(tmp_path / "data"))
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -427,6 +557,10 @@ def refusal(argv):
     (3, "--replicate 2", ["3 ranks do not divide into 2 groups"]),
     (4, "--cp_size 2 --batch_size 3", ["--batch_size 3", "2 data ranks"])])
 def test_ranks_that_do_not_fit_are_refused_on_every_one_of_them(world, tmp_path, ranks, flags, words):
-    for message in on_ranks(ranks, refusal, ["--init", str(world / "base"), "--data", str(world / "data"), "--out", str(tmp_path / "out"), *flags.split()]):
+    for message in on_ranks(
+        ranks,
+        refusal,
+        ["--init", str(world / "base"), "--data", str(world / "data"), "--out", str(tmp_path / "out"), *flags.split()],
+    ):
         assert all(word in message for word in words), message
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,6 @@
-"""Nothing lost: exact resume, kills at any moment, full disks, signals, numbers that are none, checkpoints from strangers."""
+"""
+Nothing lost: exact resume, kills at any moment, full disks, signals, numbers that are none, checkpoints from strangers.
+"""
 import contextlib
 import io
 import json
@@ -34,18 +36,24 @@ from run_folder import append_row, check_folder, find_checkpoint, load_checkpoin
 from step_folder import stored_weights
 from conftest import FORKS, ROOT, argv, die_at, finish, in_rank, on_ranks, start, train_main
 
-TIMES = ("memory_gib", "tokens_per_second")                                    # and seconds*: what may differ between two runs of the same steps
+# and seconds*: what may differ between two runs of the same steps
+TIMES = ("memory_gib", "tokens_per_second")
 
 
 def rows(out):
-    strip = lambda row: {name: value for name, value in row.items() if name not in TIMES and not name.startswith("seconds")}
+    strip = lambda row: {
+        name: value for name, value in row.items() if name not in TIMES and not name.startswith("seconds")
+    }
     return [strip(json.loads(line)) for line in (out / "log.jsonl").read_text().splitlines()]
 
 
 def everything(folder):
     """All that a checkpoint holds: {name: tensor or number}."""
     reader = step_folder.Reader(folder)
-    state = {name: None if isinstance(entry, BytesStorageMetadata) else torch.empty(entry.size) for name, entry in reader.index.state_dict_metadata.items()}
+    state = {
+        name: None if isinstance(entry, BytesStorageMetadata) else torch.empty(entry.size)
+        for name, entry in reader.index.state_dict_metadata.items()
+    }
     dcp.load(state, storage_reader=reader, planner=step_folder.Planner(flatten_state_dict=False), no_dist=True)
     return state
 
@@ -75,12 +83,25 @@ def same_end(one, other):
 # going on
 
 SLOW = [(1, f"--loss {loss}") for loss in train.OBJECTIVES if loss not in ("sft", "regdpo", "sdpo")] + [
-    (1, "--backward sequential"), (2, "--grad_accum 2"), (2, "--backward pair --ref cached"), (4, "--cp_size 2 --backward pair --checkpointing full")]
+    (1, "--backward sequential"),
+    (2, "--grad_accum 2"),
+    (2, "--backward pair --ref cached"),
+    (4, "--cp_size 2 --backward pair --checkpointing full"),
+]
 
 
-@pytest.mark.parametrize("ranks, flags", [(1, "--grad_accum 2 --ref cached"), (2, "--loss sdpo --backward pair"), (2, "--loss sft --cp_size 2 --caption_dropout 0.3 --decay_steps 3"),
-                                          *[pytest.param(*case, marks=pytest.mark.slow) for case in SLOW]])
-def test_a_run_that_is_cut_and_goes_on_is_the_uncut_run_in_every_bit_of_log_weights_average_and_optimizer(world, base, tmp_path, ranks, flags):
+@pytest.mark.parametrize(
+    "ranks, flags",
+    [
+        (1, "--grad_accum 2 --ref cached"),
+        (2, "--loss sdpo --backward pair"),
+        (2, "--loss sft --cp_size 2 --caption_dropout 0.3 --decay_steps 3"),
+        *[pytest.param(*case, marks=pytest.mark.slow) for case in SLOW],
+    ],
+)
+def test_a_run_that_is_cut_and_goes_on_is_the_uncut_run_in_every_bit_of_log_weights_average_and_optimizer(
+    world, base, tmp_path, ranks, flags
+):
     on_ranks(ranks, train_main, argv(world, base, tmp_path / "out", flags))
     go_back(tmp_path / "out", tmp_path / "cut", 2)
     on_ranks(ranks, train_main, argv(world, base, tmp_path / "cut", f"{flags} --resume latest"))
@@ -91,13 +112,23 @@ def test_a_run_that_is_cut_and_goes_on_is_the_uncut_run_in_every_bit_of_log_weig
 @pytest.mark.slow
 @pytest.mark.parametrize("before, after", [(1, 2), (2, 1), (2, 4)])
 def test_on_another_number_of_ranks_a_run_goes_on_to_the_same_numbers_within_1e_5(world, base, tmp_path, before, after):
-    slower = "--learning_rate 3e-5 --beta 50"                                   # beta multiplies float32's rounding: at 1000 AdamW's moments part by 5e-5
+    # beta multiplies float32's rounding: at 1000 AdamW's moments part by 5e-5
+    slower = "--learning_rate 3e-5 --beta 50"
     on_ranks(before, train_main, argv(world, base, tmp_path / "out", slower))
     go_back(tmp_path / "out", tmp_path / "cut", 2)
     on_ranks(after, train_main, argv(world, base, tmp_path / "cut", f"{slower} --resume latest"))
     a, b = (everything(tmp_path / name / "step_000004") for name in ("out", "cut"))
     for part in ("model.", "ema.", "optimizer."):
-        flat = [torch.cat([x[name].flatten().double() for name in sorted(x) if name.startswith(part) and torch.is_tensor(x[name]) and x[name].ndim]) for x in (a, b)]
+        flat = [
+            torch.cat(
+                [
+                    x[name].flatten().double()
+                    for name in sorted(x)
+                    if name.startswith(part) and torch.is_tensor(x[name]) and x[name].ndim
+                ]
+            )
+            for x in (a, b)
+        ]
         assert (flat[0] - flat[1]).norm() <= 1e-5 * flat[0].norm(), part
     for mine, theirs in zip(rows(tmp_path / "out"), rows(tmp_path / "cut"), strict=True):
         for name in ("loss", "err_win", "err_lose", "ref_err_win", "ref_err_lose", "lr"):
@@ -114,7 +145,10 @@ def tiny_state(ranks):
 
 
 def save_steps(out, first, last, change=0):
-    """Checkpoints of these steps, each with its number in all weights, two of them kept; killed before a change of the folder. Returns the number of changes."""
+    """
+    Checkpoints of these steps, each with its number in all weights, two of them kept; killed before a change of the
+    folder. Returns the number of changes.
+    """
     model, optimizer = tiny_state(start_ranks())
     die_at(out, change)
     for step in range(first, last + 1):
@@ -125,10 +159,15 @@ def save_steps(out, first, last, change=0):
 
 
 def whole(out):
-    """The step that `latest` names, which must be whole, as must be all that have the name of a checkpoint; 0 if there is none."""
+    """
+    The step that `latest` names, which must be whole, as must be all that have the name of a checkpoint; 0 if there is
+    none.
+    """
     for folder in out.glob("step_*"):
         weights, read = stored_weights(folder, "policy")
-        assert {value for name in weights for value in (read(name).min().item(), read(name).max().item())} == {float(folder.name[5:])}
+        assert {value for name in weights for value in (read(name).min().item(), read(name).max().item())} == {
+            float(folder.name[5:])
+        }
     return int(Path(find_checkpoint(out, "latest")).name[5:]) if (out / "latest").exists() else 0
 
 
@@ -140,9 +179,14 @@ def kill_everywhere(folder, changes):
             return change
         assert code == -signal.SIGKILL
         step = whole(out)
-        assert len(list(out.glob("step_*"))) >= min(2, step)                   # the older one went after the newer was whole
+        # the older one went after the newer was whole
+        assert len(list(out.glob("step_*"))) >= min(2, step)
         assert finish(start(1, save_steps, out, step + 1, step + 2)) == [0]
-        assert whole(out) == step + 2 and sorted(path.name for path in out.iterdir()) == ["latest", f"step_{step + 1:06d}", f"step_{step + 2:06d}"]
+        assert whole(out) == step + 2 and sorted(path.name for path in out.iterdir()) == [
+            "latest",
+            f"step_{step + 1:06d}",
+            f"step_{step + 2:06d}",
+        ]
 
 
 @pytest.mark.slow
@@ -158,13 +202,22 @@ def slow_saves_main(flags):
     """train.main on a slow disk: most of its time goes into the saves."""
     for name, seconds in (("fsync", 0.04), ("rename", 0.003), ("unlink", 0.003)):
         function = getattr(os, name)
-        setattr(os, name, lambda *args, function=function, seconds=seconds, **options: (time.sleep(seconds), function(*args, **options))[1])
+        setattr(
+            os,
+            name,
+            lambda *args, function=function, seconds=seconds, **options: (
+                time.sleep(seconds),
+                function(*args, **options),
+            )[1],
+        )
     train_main(flags)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("ranks, kills, steps", [(1, 14, 60), (2, 6, 30)])
-def test_a_run_killed_at_random_moments_ends_where_the_run_ends_that_nobody_killed(world, base, tmp_path, ranks, kills, steps):
+def test_a_run_killed_at_random_moments_ends_where_the_run_ends_that_nobody_killed(
+    world, base, tmp_path, ranks, kills, steps
+):
     flags = f"--steps {steps} --loss dpo --keep 2"
     on_ranks(ranks, train_main, argv(world, base, tmp_path / "out", f"{flags} --save_every {steps}"))
     flags += " --resume auto --save_every"
@@ -172,7 +225,8 @@ def test_a_run_killed_at_random_moments_ends_where_the_run_ends_that_nobody_kill
     stamp = lambda name: (out / name).stat().st_mtime_ns if (out / name).exists() else 0
     for kill in range(kills):
         processes = start(ranks, slow_saves_main, argv(world, base, out, f"{flags} 1"))
-        for name in ["config.json"] + ["log.jsonl"] * int(torch.randint(4, (), generator=numbers)):         # when it has begun, or some rows later
+        # when it has begun, or some rows later
+        for name in ["config.json"] + ["log.jsonl"] * int(torch.randint(4, (), generator=numbers)):
             before, until = stamp(name), time.monotonic() + 30
             while stamp(name) == before and time.monotonic() < until:
                 time.sleep(0.002)
@@ -183,18 +237,22 @@ def test_a_run_killed_at_random_moments_ends_where_the_run_ends_that_nobody_kill
         found += [path.name for path in out.iterdir()]
         if (out / "latest").exists():
             everything(find_checkpoint(out, "latest"))                         # whole
-    assert any(name.startswith(".step_") for name in found), found             # some of them were in the middle of a save
+    # some of them were in the middle of a save
+    assert any(name.startswith(".step_") for name in found), found
     assert finish(start(ranks, train_main, argv(world, base, out, f"{flags} {steps}"))) == [0] * ranks
     same_end(tmp_path / "out", out)
     names = {path.name for path in out.iterdir()}
-    assert names >= {"config.json", "export", "latest", "log.jsonl", f"step_{steps:06d}"} and len(names) == 6   # and the one checkpoint before it
+    # and the one checkpoint before it
+    assert names >= {"config.json", "export", "latest", "log.jsonl", f"step_{steps:06d}"} and len(names) == 6
 
 
 # ------------------------------------------------------------------------------------------------------------------
 # a full disk
 
 def save_on_a_full_disk(out, full_from):
-    """Four saves; from the step full_from on the disk is full for files of more than 2,000 bytes. Returns what was said."""
+    """
+    Four saves; from the step full_from on the disk is full for files of more than 2,000 bytes. Returns what was said.
+    """
     model, optimizer = tiny_state(start_ranks())
     for step in range(1, 5):
         if step == full_from:
@@ -209,7 +267,11 @@ def save_on_a_full_disk(out, full_from):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_a_full_disk_is_named_and_the_last_whole_checkpoint_stays_alone(tmp_path, ranks):
     for message in on_ranks(ranks, save_on_a_full_disk, tmp_path / "out", 3):
-        assert "step_000003 could not be written" in message and "Make room" in message and "latest names, is whole" in message
+        assert (
+            "step_000003 could not be written" in message
+            and "Make room" in message
+            and "latest names, is whole" in message
+        )
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["latest", "step_000002"]
     assert stored_weights(find_checkpoint(tmp_path / "out", "latest"))
 
@@ -224,7 +286,11 @@ def test_a_log_that_cannot_be_written_is_named(tmp_path):
 
 def stopped_main(flags, victim, number, at):
     """train.main; the rank `victim` gets a signal in the middle of step `at`, others none."""
-    backward, seen, handlers = train.backward_batch, [], [signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)]
+    backward, seen, handlers = (
+        train.backward_batch,
+        [],
+        [signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)],
+    )
 
     def interrupted(*arguments):
         seen.append(0)
@@ -236,7 +302,8 @@ def stopped_main(flags, victim, number, at):
         train_main(flags)
     finally:
         train.backward_batch = backward
-    assert [signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)] == handlers     # as they were; in a background job of a shell SIGINT is ignored
+    # as they were; in a background job of a shell SIGINT is ignored
+    assert [signal.getsignal(which) for which in (signal.SIGINT, signal.SIGTERM)] == handlers
 
 
 def stopped_spo(flags, victim, number):
@@ -254,18 +321,47 @@ def stopped_spo(flags, victim, number):
 
 
 @pytest.mark.parametrize("ranks, number", [(1, signal.SIGINT), (2, signal.SIGTERM)])
-def test_a_signal_to_one_rank_saves_and_stops_all_of_them_after_that_step_and_the_run_goes_on_from_there(world, base, tmp_path, ranks, number):
+def test_a_signal_to_one_rank_saves_and_stops_all_of_them_after_that_step_and_the_run_goes_on_from_there(
+    world, base, tmp_path, ranks, number
+):
     flags = "--save_every 100 --loss dpo"
     on_ranks(ranks, stopped_main, argv(world, base, tmp_path / "out", flags), ranks - 1, number, 1)
-    assert (tmp_path / "out" / "latest").read_text() == "step_000002\n" and len(rows(tmp_path / "out")) == 2 and not (tmp_path / "out" / "export").exists()
+    assert (
+        (tmp_path / "out" / "latest").read_text() == "step_000002\n"
+        and len(rows(tmp_path / "out")) == 2
+        and not (tmp_path / "out" / "export").exists()
+    )
     on_ranks(ranks, train_main, argv(world, base, tmp_path / "out", f"{flags} --resume latest"))
     on_ranks(ranks, train_main, argv(world, base, tmp_path / "whole", flags))
     same_end(tmp_path / "whole", tmp_path / "out")
 
 
 def spo_argv(world, base, out, flags):
-    return ["--init", str(base), "--data", str(world / "data" / "real"), "--score", str(base.parent / "judge"), "--out", str(out), "--batch_size", "4", "--steps", "2",
-            "--sample_steps", "5", "--pool", "3", "--threshold", "0.0", "--updates", "2", "--save_every", "9", *flags.split()]
+    return [
+        "--init",
+        str(base),
+        "--data",
+        str(world / "data" / "real"),
+        "--score",
+        str(base.parent / "judge"),
+        "--out",
+        str(out),
+        "--batch_size",
+        "4",
+        "--steps",
+        "2",
+        "--sample_steps",
+        "5",
+        "--pool",
+        "3",
+        "--threshold",
+        "0.0",
+        "--updates",
+        "2",
+        "--save_every",
+        "9",
+        *flags.split(),
+    ]
 
 
 @pytest.mark.slow
@@ -281,7 +377,8 @@ def test_only_a_second_signal_some_seconds_later_is_obeyed_at_once(monkeypatch):
     signals, clock = run_folder.Signals(0), [100.0]
     try:
         monkeypatch.setattr(run_folder.time, "monotonic", lambda: clock[0])
-        for clock[0] in (100.0, 100.1, 104.9):                                 # torchrun passes on what the terminal sent already
+        # torchrun passes on what the terminal sent already
+        for clock[0] in (100.0, 100.1, 104.9):
             os.kill(os.getpid(), signal.SIGINT)
             time.sleep(0.01)
             assert signals.asks() == {"asks/stop": 1.0, "asks/save": 0.0}
@@ -294,8 +391,13 @@ def test_only_a_second_signal_some_seconds_later_is_obeyed_at_once(monkeypatch):
 
 
 def test_a_checkpoint_is_written_when_the_last_one_is_so_many_minutes_old(world, base, tmp_path, monkeypatch):
-    on_ranks(1, train_main, argv(world, base, tmp_path / "out", "--steps 3 --loss sft --save_every 100 --save_minutes 1e-9"))
-    assert sorted(path.name for path in (tmp_path / "out").glob("step_*")) == ["step_000001", "step_000002", "step_000003"]
+    on_ranks(1, train_main, argv(world, base, tmp_path / "out", "--steps 3 --loss sft --save_every 100 --save_minutes "
+                                                                "1e-9"))
+    assert sorted(path.name for path in (tmp_path / "out").glob("step_*")) == [
+        "step_000001",
+        "step_000002",
+        "step_000003",
+    ]
     saved, clock = [], [1000.0]
     monkeypatch.setattr(run_folder.time, "monotonic", lambda: clock[0])
     monkeypatch.setattr(run_folder, "save_checkpoint", lambda *state: saved.append(state))
@@ -312,8 +414,13 @@ def test_what_resume_comes_to(tmp_path, monkeypatch):
     assert check_folder(out, "") == check_folder(out, "auto") == ""            # nothing there yet
     out.mkdir()
     (out / "log.jsonl").write_text('{"step": 0}\n')
-    assert check_folder(out, "auto") == ""                                     # killed before its first checkpoint: from the start
-    for refused, words in (("", "stopped before its first checkpoint"), ("latest", "has no checkpoint"), (str(tmp_path / "other" / "step_000001"), "another run")):
+    # killed before its first checkpoint: from the start
+    assert check_folder(out, "auto") == ""
+    for refused, words in (
+        ("", "stopped before its first checkpoint"),
+        ("latest", "has no checkpoint"),
+        (str(tmp_path / "other" / "step_000001"), "another run"),
+    ):
         with pytest.raises(ValueError, match=words):
             check_folder(out, refused)
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "0")                      # torchrun's first start is none
@@ -325,7 +432,8 @@ def test_what_resume_comes_to(tmp_path, monkeypatch):
     for folder in (other, out / "step_000004", out / "step_000008"):
         folder.mkdir(parents=True)
         (folder / "meta.json").write_text("{}")
-    assert check_folder(out, str(other)) == str(other)                         # from another run's, until there is one of its own
+    # from another run's, until there is one of its own
+    assert check_folder(out, str(other)) == str(other)
     (out / "latest").write_text("step_000008\n")
     for asked in ("", "auto", "latest", str(other), str(out / "step_000004")):
         assert check_folder(out, asked) == str(out / "step_000008")
@@ -352,7 +460,10 @@ def test_going_on_from_an_older_step_makes_it_the_latest_so_that_a_kill_does_not
 # numbers that are none
 
 def poisoned_main(flags, rank, steps, what):
-    """train.main; on one rank the loss (or the gradient alone) of the first pair of these steps is not a number. Returns what was printed, or raised."""
+    """
+    train.main; on one rank the loss (or the gradient alone) of the first pair of these steps is not a number. Returns
+    what was printed, or raised.
+    """
     backward, seen, said = train.backward_batch, [], io.StringIO()
 
     def poisoned(args, policy, ref, batch, *rest):
@@ -362,7 +473,9 @@ def poisoned_main(flags, rank, steps, what):
             batch["win"][0] = float("inf")
         metrics = backward(args, policy, ref, batch, *rest)
         if bad and what == "gradient":
-            next(p for p in policy.parameters() if p.grad is not None and p.grad.to_local().numel()).grad.to_local().view(-1)[0] = float("nan")
+            next(
+                p for p in policy.parameters() if p.grad is not None and p.grad.to_local().numel()
+            ).grad.to_local().view(-1)[0] = float("nan")
         return metrics
     train.backward_batch = poisoned
     try:
@@ -376,29 +489,43 @@ def poisoned_main(flags, rank, steps, what):
 
 
 @pytest.mark.parametrize("what", [pytest.param("loss", marks=pytest.mark.slow), "gradient"])
-def test_a_number_that_is_none_on_one_rank_skips_the_step_on_all_and_is_counted_also_over_a_resume(world, base, tmp_path, what):
+def test_a_number_that_is_none_on_one_rank_skips_the_step_on_all_and_is_counted_also_over_a_resume(
+    world, base, tmp_path, what
+):
     out = tmp_path / "out"
     said, silent = on_ranks(2, poisoned_main, argv(world, base, out, "--loss dpo --steps 5"), 1, [1, 2], what)
     assert [row["skipped"] for row in rows(out)] == [0, 1, 2, 0, 0]
     assert [math.isfinite(row["grad_norm"]) for row in rows(out)] == [True, False, False, True, True]
     assert all(math.isfinite(row["loss"]) == (what == "gradient" or row["step"] not in (1, 2)) for row in rows(out))
-    first = open_data(world / "data", pairs=True)[order(0, 4 + 2, 24)]["name"]                          # position 6 is the first of rank 1 in step 1
-    [line] = [line for line in said.splitlines() if line.startswith("step     1  skipped: the loss or its gradient was not finite")]
-    assert first in line and line.count(", lose ") == (1 if what == "loss" else 4) and not silent       # whose loss it was is known to the pair
+    # position 6 is the first of rank 1 in step 1
+    first = open_data(world / "data", pairs=True)[order(0, 4 + 2, 24)]["name"]
+    [line] = [line for line in said.splitlines() if line.startswith("step     1  skipped: the loss or its gradient "
+                                                                    "was not finite")]
+    # whose loss it was is known to the pair
+    assert first in line and line.count(", lose ") == (1 if what == "loss" else 4) and not silent
     end = everything(out / "step_000005")
     assert all(torch.isfinite(value).all() for value in end.values() if torch.is_tensor(value))
-    on_ranks(2, poisoned_main, argv(world, base, go_back(out, tmp_path / "cut", 2), "--loss dpo --steps 5 --resume latest"), 1, [0], what)
-    assert [row["skipped"] for row in rows(tmp_path / "cut")] == [0, 1, 2, 0, 0]                        # the second in a row, though the first of this process
+    on_ranks(2, poisoned_main, argv(world, base, go_back(out, tmp_path / "cut", 2), "--loss dpo --steps 5 --resume "
+                                                                                    "latest"), 1, [0], what)
+    # the second in a row, though the first of this process
+    assert [row["skipped"] for row in rows(tmp_path / "cut")] == [0, 1, 2, 0, 0]
 
 
 @pytest.mark.slow
 def test_ten_skipped_steps_in_a_row_stop_every_rank_and_name_the_pairs(world, base, tmp_path):
-    messages = on_ranks(2, poisoned_main, argv(world, base, tmp_path / "out", "--loss regdpo --steps 20 --save_every 4"), 1, range(3, 99), "loss")
+    messages = on_ranks(2, poisoned_main, argv(world, base, tmp_path / "out", "--loss regdpo --steps 20 --save_every "
+                                                                              "4"), 1, range(3, 99), "loss")
     name = open_data(world / "data", pairs=True)[order(0, 4 * 12 + 2, 24)]["name"]
-    assert messages[0] == messages[1] and "10 steps in a row up to step 12" in messages[0] and name in messages[0] and "--learning_rate" in messages[0]
+    assert (
+        messages[0] == messages[1]
+        and "10 steps in a row up to step 12" in messages[0]
+        and name in messages[0]
+        and "--learning_rate" in messages[0]
+    )
     assert (tmp_path / "out" / "latest").read_text() == "step_000012\n"
     before, after = (everything(tmp_path / "out" / f"step_0000{step}") for step in ("04", "12"))
-    assert all(torch.equal(before[name], after[name]) for name in before if torch.is_tensor(before[name]))                       # nothing was updated since
+    # nothing was updated since
+    assert all(torch.equal(before[name], after[name]) for name in before if torch.is_tensor(before[name]))
 
 
 def blind_main(flags, rank, path):
@@ -413,7 +540,9 @@ def blind_main(flags, rank, path):
 
 
 @pytest.mark.slow
-def test_bad_samples_are_skipped_and_counted_alike_on_ranks_that_share_a_pair_also_when_only_one_cannot_read_them_and_over_a_resume(world, base, tmp_path):
+def test_bad_samples_are_skipped_and_counted_alike_on_ranks_that_share_a_pair_and_over_a_resume(
+    world, base, tmp_path
+):
     flags = f"--data {tmp_path}/data --loss dpo --backward pair --bad_samples skip"
     shutil.copytree(world / "data", tmp_path / "data")
     at_start, running = (open_data(tmp_path / "data", pairs=True).pairs[order(0, position, 24)] for position in (2, 5))
@@ -422,10 +551,13 @@ def test_bad_samples_are_skipped_and_counted_alike_on_ranks_that_share_a_pair_al
     assert [row["bad_samples"] for row in rows(tmp_path / "out")] == [1, 1, 0, 0]
     bad = read_sample(running[1])
     metadata = bad.pop("metadata")
-    save_file(bad | {"latents": torch.full_like(bad["latents"], math.nan)}, running[1], metadata=metadata)      # now no rank can, and only its numbers tell
+    # now no rank can, and only its numbers tell
+    save_file(bad | {"latents": torch.full_like(bad["latents"], math.nan)}, running[1], metadata=metadata)
     on_ranks(2, train_main, argv(world, base, tmp_path / "both", flags))
     same_end(tmp_path / "out", tmp_path / "both")
-    on_ranks(2, train_main, argv(world, base, go_back(tmp_path / "out", tmp_path / "cut", 2), f"{flags} --resume latest"))
+    on_ranks(
+        2, train_main, argv(world, base, go_back(tmp_path / "out", tmp_path / "cut", 2), f"{flags} --resume latest")
+    )
     same_end(tmp_path / "out", tmp_path / "cut")
     with pytest.raises(ValueError, match="--bad_samples skip: expected stop with --ref cached"):
         on_ranks(2, train_main, argv(world, base, tmp_path / "no", f"{flags} --ref cached"))
@@ -477,14 +609,19 @@ def stranger(tmp_path):
 def resume_from(folder):
     model, optimizer = tiny_state(start_ranks())
     with pytest.raises(ValueError) as error:
-        load_checkpoint(str(folder), model, optimizer, None, {})
+        load_checkpoint(str(folder), model, optimizer, None)
     return str(error.value)
 
 
 def test_an_index_that_calls_anything_is_refused_before_it_is_called(stranger):
     folder, owned = stranger
-    for content, words in ((pickle.dumps(Evil(owned)), "posix.mkdir"), (pickle.dumps({"a": eval}), "builtins.eval"), (b"", "Ran out of input"), (b"\x80\x04K\x01.", "not the index"),
-                           (b"\x80\x04\x8c\x25torch.distributed.checkpoint.metadata\x8c\x11Metadata.__init__\x93.", "Metadata.__init__")):
+    for content, words in (
+        (pickle.dumps(Evil(owned)), "posix.mkdir"),
+        (pickle.dumps({"a": eval}), "builtins.eval"),
+        (b"", "Ran out of input"),
+        (b"\x80\x04K\x01.", "not the index"),
+        (b"\x80\x04\x8c\x25torch.distributed.checkpoint.metadata\x8c\x11Metadata.__init__\x93.", "Metadata.__init__"),
+    ):
         (folder / ".metadata").write_bytes(content)
         for use in (resume_from, lambda folder: refusal(stored_weights, folder)):
             message = use(folder) if use is not resume_from else on_ranks(1, resume_from, folder)[0]
@@ -510,14 +647,23 @@ def test_a_pickle_among_the_numbers_of_a_checkpoint_is_not_called(stranger, tmp_
     folder, owned = stranger
     dcp.save({"optimizer": {"betas": Evil(owned)}}, checkpoint_id=tmp_path / "evil", no_dist=True)
     with pytest.raises(BaseException, match="mkdir"):
-        dcp.load({"optimizer": {"betas": None}}, storage_reader=step_folder.Reader(tmp_path / "evil"), planner=step_folder.Planner(), no_dist=True)
+        dcp.load(
+            {"optimizer": {"betas": None}},
+            storage_reader=step_folder.Reader(tmp_path / "evil"),
+            planner=step_folder.Planner(),
+            no_dist=True,
+        )
     assert not owned.exists()
 
 
 def test_a_damaged_checkpoint_is_named(stranger):
     [file] = stranger[0].glob("*.distcp")
     file.write_bytes(file.read_bytes()[:-3000])
-    assert re.search(f"--resume {stranger[0]}: it is damaged .*resume from another step folder", on_ranks(1, resume_from, stranger[0])[0], re.S)
+    assert re.search(
+        f"--resume {stranger[0]}: it is damaged .*resume from another step folder",
+        on_ranks(1, resume_from, stranger[0])[0],
+        re.S,
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -541,13 +687,32 @@ runpy.run_path({root!r} + "/train.py", run_name="__main__")
 
 def torchrun(tmp_path, action, flags, restarts=0):
     (tmp_path / "driver.py").write_text(DRIVER.format(root=str(ROOT), action=action))
-    return subprocess.Popen([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", f"--max-restarts={restarts}", str(tmp_path / "driver.py"), *flags],
-                            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    return subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node=2",
+            f"--max-restarts={restarts}",
+            str(tmp_path / "driver.py"),
+            *flags,
+        ],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
 
 
 @pytest.mark.slow
 def test_ranks_that_torchrun_restarts_go_on_by_themselves_to_the_same_end(world, base, tmp_path):
-    done = torchrun(tmp_path, "os.kill(os.getpid(), signal.SIGKILL)", argv(world, base, tmp_path / "out", "--save_every 1 --steps 6"), restarts=1)
+    done = torchrun(
+        tmp_path,
+        "os.kill(os.getpid(), signal.SIGKILL)",
+        argv(world, base, tmp_path / "out", "--save_every 1 --steps 6"),
+        restarts=1,
+    )
     said = done.communicate(timeout=100)[0]
     assert done.returncode == 0 and "steps 2 to 6" in said, said
     on_ranks(2, train_main, argv(world, base, tmp_path / "whole", "--steps 6"))
@@ -557,7 +722,9 @@ def test_ranks_that_torchrun_restarts_go_on_by_themselves_to_the_same_end(world,
 @pytest.mark.slow
 def test_one_rank_that_raises_ends_the_job_in_bounded_time_with_its_cause_shown(world, base, tmp_path):
     began = time.monotonic()
-    done = torchrun(tmp_path, 'raise ValueError("negatives/017.safetensors: no such file")', argv(world, base, tmp_path / "out", ""))
+    done = torchrun(
+        tmp_path, 'raise ValueError("negatives/017.safetensors: no such file")', argv(world, base, tmp_path / "out", "")
+    )
     said = done.communicate(timeout=100)[0]
     assert done.returncode == 1 and time.monotonic() - began < 60
     root_cause = said.split("Root Cause")[1]
@@ -578,7 +745,11 @@ def test_a_signal_to_torchrun_saves_and_stops_all_ranks(world, base, tmp_path):
 
 
 def meet(delay, again):
-    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": str(again), "LOCAL_WORLD_SIZE": os.environ["WORLD_SIZE"]}
+    os.environ |= {
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        "TORCHELASTIC_RESTART_COUNT": str(again),
+        "LOCAL_WORLD_SIZE": os.environ["WORLD_SIZE"],
+    }
     time.sleep(delay * int(os.environ["RANK"]))
     ranks = start_ranks()
     dist.barrier()
@@ -586,9 +757,12 @@ def meet(delay, again):
 
 
 def test_restarted_ranks_do_not_wait_for_the_dead_ones_whose_addresses_are_in_the_store():
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)                       # torchrun's, which outlives a start
+    # torchrun's, which outlives a start
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for again in (0, 1):
-        processes = [FORKS.Process(target=in_rank, args=(rank, 2, store.port, meet, (0.5 * again, again))) for rank in range(2)]
+        processes = [
+            FORKS.Process(target=in_rank, args=(rank, 2, store.port, meet, (0.5 * again, again))) for rank in range(2)
+        ]
         for process in processes:
             process.start()
         assert finish(processes, 20) == [0, 0]
