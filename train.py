@@ -136,58 +136,57 @@ MAY_CHANGE = {
 def parse_args(argv):
     raw = argparse.RawDescriptionHelpFormatter
     p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    add = p.add_argument
     # what to train
-    p.add_argument("--loss", default="regdpo", choices=OBJECTIVES, help="preference trains a scorer for train_spo.py")
-    p.add_argument("--model", default="auto", choices=["auto", *CONFIGS], help="what --init must hold")
-    p.add_argument("--init", default="toy_base", help="weights of policy and reference; 'scratch': random ones")
-    p.add_argument("--data", default="toy", help="folder with real/ and negatives*/, .jsonl of pairs, or 'toy'")
-    p.add_argument("--bad_samples", default="stop", choices=["stop", "skip"], help="skip: use the next good one, "
-                                                                                   "count it")
-    p.add_argument("--out", default="out/{loss}", help="the run's folder")
-    p.add_argument("--seed", type=int, default=0, help="seed of order, sigma and noise")
+    add("--loss", default="regdpo", choices=OBJECTIVES, help="preference trains a scorer for train_spo.py")
+    add("--model", default="auto", choices=["auto", *CONFIGS], help="what --init must hold")
+    add("--init", default="toy_base", help="weights of policy and reference; 'scratch': random ones")
+    add("--data", default="toy", help="folder with real/ and negatives*/, .jsonl of pairs, or 'toy'")
+    add("--bad_samples", default="stop", choices=["stop", "skip"], help="skip: use the next good one")
+    add("--out", default="out/{loss}", help="the run's folder")
+    add("--seed", type=int, default=0, help="seed of order, sigma and noise")
     # the objective
     for flag in objective_flags().values():
         users = ", ".join(name for name, objective in OBJECTIVES.items() if flag in objective.flags)
-        p.add_argument(f"--{flag.name}", type=flag.type, default=flag.default, help=f"{flag.help} (--loss {users})")
-    p.add_argument("--timestep_sampling", default="uniform", choices=["uniform", "logit_normal"])
-    p.add_argument("--flow_shift", type=float, default=3.0, help="shift of the sigmas of training and sampling")
-    p.add_argument("--min_timestep", type=float, default=600.0, help="lowest timestep trained on, after the shift")
-    p.add_argument("--max_timestep", type=float, default=1000.0, help="highest timestep trained on")
+        add(f"--{flag.name}", type=flag.type, default=flag.default, help=f"{flag.help} (--loss {users})")
+    add("--timestep_sampling", default="uniform", choices=["uniform", "logit_normal"])
+    add("--flow_shift", type=float, default=3.0, help="shift of the sigmas of training and sampling")
+    add("--min_timestep", type=float, default=600.0, help="lowest timestep trained on, after the shift")
+    add("--max_timestep", type=float, default=1000.0, help="highest timestep trained on")
     # the optimizer
-    p.add_argument("--steps", type=int, default=300, help="optimizer steps")
-    p.add_argument("--batch_size", type=int, default=16, help="pairs a step, over all ranks and accumulation steps")
-    p.add_argument("--grad_accum", type=int, default=1, help="parts that a rank's pairs of a step are split into")
-    p.add_argument("--learning_rate", type=float, default=1e-4, help="for the tiny model; Wan: 1e-6 to 1e-5")
-    p.add_argument("--weight_decay", type=float, default=1e-3, help="AdamW's")
-    p.add_argument("--warmup_steps", type=int, default=20, help="first steps, over which the learning rate rises")
-    p.add_argument("--decay_steps", type=int, default=0, help="last steps, over which the learning rate falls to 0")
-    p.add_argument("--max_grad_norm", type=float, default=1.0, help="clip the gradient to this norm; inf: do not clip")
-    p.add_argument("--loss_scale", type=float, default=0.0, help="of the gradient; 0: c_win starts at about 1")
-    p.add_argument("--ema_decay", type=float, default=0.98, help="of the average that is exported; 0: no average")
+    add("--steps", type=int, default=300, help="optimizer steps")
+    add("--batch_size", type=int, default=16, help="pairs a step, over all ranks and accumulation steps")
+    add("--grad_accum", type=int, default=1, help="parts that a rank's pairs of a step are split into")
+    add("--learning_rate", type=float, default=1e-4, help="for the tiny model; Wan: 1e-6 to 1e-5")
+    add("--weight_decay", type=float, default=1e-3, help="AdamW's")
+    add("--warmup_steps", type=int, default=20, help="first steps, over which the learning rate rises")
+    add("--decay_steps", type=int, default=0, help="last steps, over which the learning rate falls to 0")
+    add("--max_grad_norm", type=float, default=1.0, help="clip the gradient to this norm; inf: do not clip")
+    add("--loss_scale", type=float, default=0.0, help="of the gradient; 0: c_win starts at about 1")
+    add("--ema_decay", type=float, default=0.98, help="of the average that is exported; 0: no average")
     # memory and ranks
-    p.add_argument("--backward", default="joint", choices=["joint", "sequential", "pair"], help="see backward_batch")
-    p.add_argument("--cp_size", type=int, default=1, help="ranks that share the tokens of each video")
-    p.add_argument("--replicate", type=int, default=1, help="groups of ranks (nodes) that each hold all weights")
-    p.add_argument("--ref", default="live", choices=["live", "offload", "cached"], help="the reference: sharded like "
-                   "the policy, in CPU memory, or scored once before training and dropped")
-    p.add_argument("--checkpointing", default="off", choices=["off", "selective", "chunked", "full"],
-                   help="how little blocks keep for backward, from most to least memory (memory.py)")
-    p.add_argument("--chunk_tokens", type=int, default=-1, help="0: no chunks; -1: what --checkpointing implies")
-    p.add_argument("--compile", action="store_true", help="torch.compile the blocks")
-    p.add_argument("--offload_activations", action="store_true", help="keep what backward needs in CPU memory")
-    p.add_argument("--offload_params", action="store_true", help="keep weights and AdamW's state in CPU memory")
+    add("--backward", default="joint", choices=["joint", "sequential", "pair"], help="see backward_batch")
+    add("--cp_size", type=int, default=1, help="ranks that share the tokens of each video")
+    add("--replicate", type=int, default=1, help="groups of ranks (nodes) that each hold all weights")
+    add("--ref", default="live", choices=["live", "offload", "cached"],
+        help="the frozen reference: sharded like the policy, in CPU memory, or scored once before training and dropped")
+    add("--checkpointing", default="off", choices=["off", "selective", "chunked", "full"],
+        help="what blocks keep for backward, from most to least memory (memory.save_memory)")
+    add("--chunk_tokens", type=int, default=-1, help="0: no chunks; -1: what --checkpointing implies")
+    add("--compile", action="store_true", help="torch.compile the blocks")
+    add("--offload_activations", action="store_true", help="keep what backward needs in CPU memory")
+    add("--offload_params", action="store_true", help="keep weights and AdamW's state in CPU memory")
     # the run's folder
     add_folder_flags(p, save_every=100)                    # --save_every --keep --save_minutes --resume
-    p.add_argument("--probe_every", type=int, default=50, help="steps between looks at held-out pairs; 0: never")
-    p.add_argument("--hold_back", type=int, default=0, help="wins kept for the probe, with all their losers")
-    p.add_argument("--log_every", type=int, default=10, help="steps between printed lines; log.jsonl has every step")
+    add("--probe_every", type=int, default=50, help="steps between looks at held-out pairs; 0: never")
+    add("--hold_back", type=int, default=0, help="wins kept for the probe, with all their losers")
+    add("--log_every", type=int, default=10, help="steps between printed lines; log.jsonl has every step")
     # the embedded world, and previews of other data
-    p.add_argument("--toy_clips", type=int, default=512, help="real clips made for --data toy")
-    p.add_argument("--sample_every", type=int, default=0, help="steps between evaluations or previews; 0: none")
-    p.add_argument("--eval_clips", type=int, default=256, help="held-out captions of an evaluation, 64 or more; 0: "
-                                                               "none")
-    p.add_argument("--sample_steps", type=int, default=20, help="sampler steps of negatives and evaluations")
-    p.add_argument("--guidance", type=float, default=1.0, help="guidance of negatives and evaluations; 1: none")
+    add("--toy_clips", type=int, default=512, help="real clips made for --data toy")
+    add("--sample_every", type=int, default=0, help="steps between evaluations or previews; 0: none")
+    add("--eval_clips", type=int, default=256, help="held-out captions of an evaluation, 64 or more; 0: none")
+    add("--sample_steps", type=int, default=20, help="sampler steps of negatives and evaluations")
+    add("--guidance", type=float, default=1.0, help="guidance of negatives and evaluations; 1: none")
     args = p.parse_args(argv)
     args.defaults = {name: p.get_default(name) for name in vars(args)}
     return args
@@ -419,19 +418,16 @@ def open_model(args):
     check_timesteps(args.model, expert, args.min_timestep, args.max_timestep, args.init)
     if args.sample_every:
         refuse_lone_expert(args.model, args.init, "--sample_every")
-    if config.num_heads % args.cp_size:
-        heads = config.num_heads
+    heads = config.num_heads
+    if heads % args.cp_size:
         raise ValueError(f"--cp_size {args.cp_size} does not divide the {heads} heads of --model {args.model}")
     if config.scores:
-        raise ValueError(f"--init {args.init}: a preference model (scores is True, expected False); expected a model "
-                         "that generates")
+        raise ValueError(f"--init {args.init}: a preference model (scores is True, expected False), not one to sample")
     return config
 
 
 def learning_rate(args, step):
-    """
-    The learning rate of a step: a linear rise over --warmup_steps, a linear fall to 0 over the last --decay_steps.
-    """
+    """The learning rate of a step: it rises over --warmup_steps and falls to 0 over the last --decay_steps."""
     warm = min(1.0, (step + 1) / max(1, args.warmup_steps))
     decay = (args.steps - step) / args.decay_steps if args.decay_steps else 1.0
     return args.learning_rate * min(warm, decay)
