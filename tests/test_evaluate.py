@@ -133,7 +133,7 @@ PROBED = ("--hold_back", "5", "--probe_every", "3", "--min_timestep", "200")
 
 
 @pytest.fixture(scope="module")
-def probed(world, tmp_path_factory):                                           # noqa: F811
+def probed(world, tmp_path_factory):
     return run(world, tmp_path_factory.mktemp("probed") / "out", *PROBED)[0]
 
 
@@ -145,7 +145,6 @@ def same_probe(rows, theirs):
 
 
 @pytest.mark.slow
-# noqa: F811
 def test_the_probe_is_the_same_on_two_ranks_and_after_a_resume_and_its_pairs_cannot_change(world, probed, tmp_path):
     run(world, tmp_path / "out", *PROBED, "--steps", "3", "--backward", "pair", "--ref", "cached", ranks=2)
     # against the base, not against where it resumed
@@ -155,12 +154,10 @@ def test_the_probe_is_the_same_on_two_ranks_and_after_a_resume_and_its_pairs_can
 
 
 @pytest.mark.slow
-# noqa: F811
 def test_the_probe_is_the_same_where_ranks_share_tokens_and_weights_wait_on_the_cpu(world, probed, tmp_path):
     same_probe(run(world, tmp_path / "out", *PROBED, "--cp_size", "2", "--offload_params", ranks=2)[0], probed)
 
 
-# noqa: F811
 def test_runs_of_another_loss_and_seed_are_probed_with_the_same_pairs_noise_and_sigmas(world, probed, tmp_path):
     # a step of nearly no size: what the probe says is the reference's, to the last digit the log has
     rows = run(
@@ -173,7 +170,6 @@ def test_runs_of_another_loss_and_seed_are_probed_with_the_same_pairs_noise_and_
     assert probed[5]["probe"]["err_win"] != pytest.approx(probed[2]["probe"]["err_win"], rel=1e-5)
 
 
-# noqa: F811
 def test_holding_back_pairs_of_a_loss_without_pairs_is_refused(world, tmp_path):
     with pytest.raises(ValueError, match="--hold_back 2.*--loss sft reads none"):
         train.main(

@@ -39,7 +39,7 @@ def meet(folder, party):
         time.sleep(0.001)
 
 
-def negatives(base, data, change=0, party=1):                                 # noqa: F811
+def negatives(base, data, change=0, party=1):
     """What sample.py --pairs does, one sample at a time; killed before a change of the folder."""
     torch.set_num_threads(1)
     model = load_wan(base).eval()
@@ -87,7 +87,7 @@ def contents(folder):
 
 def test_negatives_killed_at_random_moments_or_made_by_two_at_once_are_those_of_an_undisturbed_run(
     world, base, tmp_path
-):  # noqa: F811
+):
     data = {}
     for name in ("whole", "killed", "two"):
         data[name] = tmp_path / name
@@ -153,7 +153,7 @@ def health(flags, looks):
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory and files are read from /proc, which Linux "
                                                                    "has")
-def test_two_thousand_steps_hold_no_more_memory_files_or_log_a_row_than_five_hundred(world, tmp_path):   # noqa: F811
+def test_two_thousand_steps_hold_no_more_memory_files_or_log_a_row_than_five_hundred(world, tmp_path):
     torch.manual_seed(0)
     model = WanModel(dataclasses.replace(CONFIGS["tiny"], dim=16, ffn_dim=16, num_layers=1, num_heads=1))
     torch.nn.init.normal_(model.head.head.weight, std=0.05)

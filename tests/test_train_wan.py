@@ -1,12 +1,9 @@
 """What train.py needs for public models, on small models of every type: conditions, experts, loading in shards."""
-from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import losses
-import model as model_file
 import train
 from benchmarks import load_memory
 from data import draw, open_data, write_sample
