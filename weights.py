@@ -486,7 +486,7 @@ def report_share(base, sums, dtype):
     """Print what add_share added up, and a warning where it is less than 0.9."""
     word = str(dtype).removeprefix("torch.")
     if not base:
-        print(f"what {word} keeps of the training is not known, as its start is not; name it with --base")
+        print(f"how much of the training {word} keeps is not known; name the weights it started from with --base")
         return
     share = sums["kept"] / sums["changed"] if sums["changed"] else 1.0
     print(f"{word} keeps {share:.1%} of what training changed in {base}")
@@ -502,7 +502,9 @@ def export_weights(source, path, format="original", dtype=torch.float32, which="
     """
     config, tensors, read = open_source(Path(source), which)
     is_rounded = any(tensor.dtype.itemsize > dtype.itemsize for tensor in tensors.values())
-    base, sums = base or find_base(Path(source)), {"kept": 0.0, "changed": 0.0}
+    sums = {"kept": 0.0, "changed": 0.0}
+    if is_rounded and not base:
+        base = find_base(Path(source))
     if is_rounded and base:
         base_config, slices = open_wan(base)
         if replace(base_config, scores=config.scores) != config:

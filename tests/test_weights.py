@@ -507,7 +507,7 @@ def test_the_base_of_a_step_folder_is_what_its_run_started_from(trained, base, t
     assert capsys.readouterr().out == f"weights in {tmp_path / 'wide'}\n"     # float32 loses nothing
 
 
-UNKNOWN = "what bfloat16 keeps of the training is not known, as its start is not; name it with --base"
+UNKNOWN = "how much of the training bfloat16 keeps is not known; name the weights it started from with --base"
 
 
 def test_the_share_is_said_to_be_unknown_where_the_base_is(trained, tmp_path, capsys):
