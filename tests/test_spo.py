@@ -1,9 +1,11 @@
 """Stochastic steps against closed forms; roll-outs and their pools; SPO's objective; one curve however it is cut."""
 import contextlib
 import dataclasses
+import fcntl
 import io
 import json
 import math
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -633,6 +635,17 @@ def test_samples_or_weights_replaced_under_a_run_are_refused_by_their_contents(s
     shutil.copy(spo_world / "data" / "007.safetensors", path)
     save_tiny(tmp_path / "moved" / "scorer", scores=True)
     assert "trained with score = " in spo_fails(tmp_path / "moved", tmp_path / "no", *flags)
+
+
+def test_a_second_run_in_the_same_folder_is_refused(spo_world, tmp_path):
+    (tmp_path / "out").mkdir()
+    descriptor = os.open(tmp_path / "out", os.O_RDONLY)
+    fcntl.flock(descriptor, fcntl.LOCK_EX)                 # as a run that lives holds it
+    with pytest.raises(ValueError, match="another run is writing to this folder"):
+        run_spo(spo_world, tmp_path / "out", "--steps 1", ranks=2)
+    assert list((tmp_path / "out").iterdir()) == []
+    os.close(descriptor)
+    run_spo(spo_world, tmp_path / "out", "--steps 1", ranks=2)
 
 
 def test_what_may_change_on_resume_is_the_list_and_every_name_in_it_is_a_flag():
