@@ -326,7 +326,8 @@ def test_the_plan_says_what_is_on_each_rank_and_what_on_the_cpu():
     assert "kept activations 14.062;" in plan(
         "--checkpointing", "chunked", "--chunk_tokens", "4096"
     ) and "kept activations 2.812 (CPU)" in plan("--checkpointing", "full", "--offload_activations")
-    assert "kept activations 0.000" in plan("--loss", "preference")
+    frozen = memory.memory_plan(train.parse_args([]), CONFIGS["wan2.1-t2v-1.3b"], 2**31, 2**15 - 3, 0, True, ranks)
+    assert "kept activations 0.000" in frozen
 
 
 # ------------------------------------------------------------------------------------------------------------------
