@@ -12,7 +12,8 @@ Where train.py --data looks for them:
     DIR/negatives*/017.safetensors   what is not, of the same stem; any number of such folders, each adds its pairs
     or a .jsonl, one pair a line     {"win": "a/1.safetensors", "lose": "b/1.safetensors", "prompt": "..."}
     or DIR/*.safetensors             samples only, for a loss without pairs
-Names that start with a dot, such as unfinished files, are ignored.
+Names that start with a dot, such as unfinished files, are ignored. empty_caption.context holds what the text encoder
+makes of "", as a safetensors file with the tensor context (T, D).
 
 A dataset is anything with a length, items, `sources` (names of the places that losers come from) and `fingerprint()`
 (text that changes with its contents). train.main takes such an object in place of --data.
@@ -37,6 +38,8 @@ DTYPES = {
 }
 # What items and batches hold in addition to tensors of the sample file: no condition may have one of these names.
 ITEM_KEYS = {"win", "lose", "name", "names", "source", "metadata", "sigma", "noise"}
+# What the text encoder makes of "", next to the samples. It is not a sample, so it does not end in .safetensors.
+EMPTY_CAPTION = "empty_caption.context"
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -120,6 +123,19 @@ def sorted_header(content):
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     assert len(text) <= size, "the header grew"
     return content[:8] + text.ljust(size) + content[8 + size:]
+
+
+def read_empty_caption(folder):
+    """The empty caption of a folder of samples: context (T, D) float32, metadata; None where it is missing."""
+    path = Path(folder) / EMPTY_CAPTION
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, framework="pt") as file:
+            context, metadata = file.get_tensor("context"), file.metadata() or {}
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path}: not what encode.py writes ({error}); delete it and run encode.py again") from error
+    return context.float(), metadata
 
 
 def read_header(path):

@@ -16,206 +16,49 @@ Encoders: `pixel`, the fixed codec of the embedded world (toy.py), which needs n
 the public Wan models (UMT5-XXL, VAE, CLIP), from an original Wan folder or a diffusers folder. Nothing is downloaded.
 """
 import argparse
-import csv
-import hashlib
-import os
-import re
 import sys
-from codecs import BOM_UTF8
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 from pathlib import Path
 
 import torch
+from safetensors.torch import save
 from tqdm import tqdm
 
 import toy
 import wan_encoders
 from data import (
-    file_inside,
+    EMPTY_CAPTION,
+    fingerprint,
+    read_empty_caption,
     read_header,
-    read_jsonl,
     read_sample,
     read_summaries,
     sample_files,
+    sorted_header,
     write_sample,
     write_whole,
 )
 from model import CONFIGS
 from pictures import contact_sheet, mp4
-from video import frame_times, nearest_frames, read_clips
+from tables import read_metadata, stem_of
+from video import DamagedVideo, Film, decode_all, look_at, on_show, read_clips
 
-VIDEO_COLUMNS = ("video", "file_path", "video_path", "path")          # what other trainers' metadata calls them
-PROMPT_COLUMNS = ("prompt", "text", "caption", "cap")
+NOTES = {
+    "interlaced": "interlaced material is encoded as it is stored, with combs where things move "
+                  "(ffmpeg -i IN -vf bwdif OUT makes it progressive)",
+    "in wide colours": "BT.2020 and P3 colours are taken for BT.709, so they come out pale",
+}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"               # of Wan's encoders
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# text: prompts
-
-def check_text(where, text):
-    """ValueError unless the text, of an argument or a file's name, can be written as UTF-8."""
-    try:
-        str(text).encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: {str(text)!r:.200} is not UTF-8 ({error.reason}), as all text in samples is; "
-                         "write it in UTF-8, or rename the file") from error
-
-
-def read_lines(path):
-    """Yield (file:line, text) of a text file in UTF-8, with or without a byte order mark, split at line feeds only."""
-    content = Path(path).read_bytes().removeprefix(BOM_UTF8)
-    for number, line in enumerate(content.split(b"\n"), start=1):
-        try:
-            yield f"{path}:{number}", line.decode()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{path}:{number}: not UTF-8 ({error}); save the file as UTF-8") from error
-
-
-def looks_like_path(text):
-    """Whether an argument is rather a path than a prompt: it exists, or is one word with a slash or a suffix."""
-    one_word = text.isascii() and len(text.split()) == 1
-    return os.path.exists(text) or one_word and ("/" in text or re.search(r"\w\.[A-Za-z]\w{1,4}$", text) is not None)
-
-
-def read_prompts(arguments):
-    """
-    The prompts that --prompts gives: each argument is one, or a .txt file with a prompt a line; blank lines are none.
-
-    ValueError for a file that is missing, empty or named twice, and for another path, which is not a prompt.
-    """
-    prompts, files = [], set()
-    for argument in arguments:
-        check_text("--prompts", argument)
-        if not argument.lower().endswith(".txt"):
-            if looks_like_path(argument):
-                raise ValueError(f"--prompts {argument}: this looks like a path; expected prompts or .txt files (if it "
-                                 "is a prompt, write it into a .txt file)")
-            prompts.append(argument)
-            continue
-        if not os.path.isfile(argument):
-            raise ValueError(f"--prompts {argument}: no such file; expected a .txt file with a prompt a line")
-        if Path(argument).resolve() in files:
-            raise ValueError(f"--prompts {argument}: named twice; name it once, or repeat its lines in the file")
-        files.add(Path(argument).resolve())
-        lines = [line.strip() for _, line in read_lines(argument) if line.strip()]
-        if not lines:
-            raise ValueError(f"--prompts {argument}: the file has no line with a prompt")
-        prompts += lines
-    return prompts
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# metadata: which videos, which prompts
-
-def read_metadata(folder):
-    """
-    List of (file:line, video file, prompt), one per video.
-
-    Every row and every file of the folder is accounted for; ValueError names the one that is not.
-    """
-    folder = Path(folder)
-    table = find_table(folder)
-    rows = []
-    row_of = {}                                                       # real path of a video: where its row is
-    for where, row in read_jsonl(table) if table.suffix == ".jsonl" else read_csv(table):
-        name, prompt = read_row(where, row)
-        path = file_inside(folder, name, where)
-        earlier = row_of.setdefault(path.resolve(), where)
-        if earlier != where:
-            raise ValueError(f"{where}: {name} stands in {earlier} already; expected one row per video")
-        rows.append((where, path, prompt))
-    if not rows:
-        raise ValueError(f"{table}: no rows; expected one per video, with video and prompt")
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_file() and not hidden and path != table and path.resolve() not in row_of:
-            frame_times(path)                                         # says so if it is not a video
-            raise ValueError(f"{path}: a video without a row in {table}; add one, or move the file out of --videos")
-    return rows
-
-
-def find_table(folder):
-    if not folder.is_dir():
-        raise ValueError(f"--videos {folder}: no such folder")
-    tables = [path for path in (folder / "metadata.jsonl", folder / "metadata.csv") if path.is_file()]
-    if len(tables) != 1:
-        got = "both metadata.jsonl and" if tables else "no metadata.jsonl or"
-        raise ValueError(f"--videos {folder}: {got} metadata.csv in it; "
-                         "expected one of them, with columns video and prompt")
-    return tables[0]
-
-
-def first_of(row, columns):
-    """The first of these columns that a row has, or None."""
-    return next((row[column] for column in columns if row.get(column) is not None), None)
-
-
-def read_row(where, row):
-    """The video's file name and the prompt in a row of the table."""
-    name = first_of(row, VIDEO_COLUMNS)
-    prompt = first_of(row, PROMPT_COLUMNS)
-    if not isinstance(name, str) or not name:
-        raise ValueError(f"{where}: no video; expected a column `video` with a file name "
-                         f"(also read: {', '.join(VIDEO_COLUMNS[1:])}); the row has {sorted(map(str, row))}")
-    if not isinstance(prompt, str) or not prompt.strip():
-        raise ValueError(f"{where}: no prompt for {name}; expected text in a column `prompt` "
-                         f"(also read: {', '.join(PROMPT_COLUMNS[1:])})")
-    return name, prompt
-
-
-def read_csv(path):
-    """List of ("file:line", dict), like data.read_jsonl."""
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        reader = csv.DictReader(file)
-        try:
-            return [(f"{path}:{reader.line_num}", row) for row in reader]
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise ValueError(f"{path}: not a CSV table in UTF-8 after line {reader.line_num} ({error})") from error
-
-
-def stem_of(path, folder):
-    """
-    A file name for the samples of a video, safe anywhere: letters, digits, _ and -.
-
-    Where that changed the name, a hash of it is added, so that no two videos share one.
-    """
-    name = path.relative_to(folder).with_suffix("").as_posix()
-    safe = re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:80]
-    if safe == name:
-        return safe
-    return f"{safe}-{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:8]}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # codecs
 
-class PixelCodec:
-    """The embedded world's codec (toy.py) under the names of wan_encoders.Encoders; nothing is loaded or freed."""
-    name = "pixel"
-    frame_step = 1                                                    # any number of frames
-    multiple = 2 * toy.BLOCK                                          # blocks of 4 x 4 pixels in patches of 2 x 2
-    parts = ()
-    encode_text = staticmethod(toy.encode_text)
-    encode_video = staticmethod(toy.encode_pixels)
-
-    def part(self, name):
-        return None
-
-    def free(self, name):
-        return None
-
-    def decode_video(self, latents):
-        return toy.decode_pixels(latents).clamp(-1, 1)
-
-    def conditions(self, first, last, frames):
-        return {}
-
-
 def open_codecs(config, weights, device=DEVICE):
     """What turns prompts, pictures and videos of a model into numbers and back. weights: folder of Wan's encoders."""
     if config.vae == "embedded":
-        return PixelCodec()
+        return toy.PixelCodec()
     return wan_encoders.open_encoders(weights, config, device)
 
 
@@ -236,7 +79,7 @@ def check_clip(codecs, frames, size):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# video to samples
+# looking at the videos
 
 @dataclass(frozen=True)
 class Clip:
@@ -247,11 +90,26 @@ class Clip:
 
 @dataclass(frozen=True)
 class Job:
-    """The clips of one video that are still to be encoded."""
-    video: Path
+    """A video and those of its clips that are to be encoded."""
+    film: Film
     prompt: str
-    picks: list                                                       # index in the file of each resampled frame
+    picks: list                                                       # the picture of each resampled frame: on_show
     clips: list
+
+
+@dataclass
+class Plan:
+    """What a look at all input finds."""
+    jobs: list = field(default_factory=list)
+    done: int = 0                                                     # samples that exist and fit
+    changed: int = 0                                                  # samples whose video is another one now
+    clips_of: dict = field(default_factory=dict)                      # video: file names of all its samples
+    damaged: dict = field(default_factory=dict)                       # video: why it is left out
+    notes: dict = field(default_factory=dict)                         # words on pictures: videos
+
+    def asked(self):
+        """Names of the sample files that this run asks for."""
+        return {name for video, names in self.clips_of.items() if video not in self.damaged for name in names}
 
 
 def clip_starts(count, frames, stride, clips):
@@ -266,72 +124,132 @@ def clip_starts(count, frames, stride, clips):
     return [starts[i * len(starts) // clips] for i in range(clips)]
 
 
-def look_at(where, path, args):
-    """The index in the file of each frame of the resampled video. Raises ValueError for a video that gives no clip."""
+def resample(where, path, args):
+    """The Film in a file and its picks at --fps. Raises ValueError, naming the row, for a video that gives no clip."""
     try:
-        times = frame_times(path)
+        film = look_at(path)
     except ValueError as error:
-        raise ValueError(f"{where}: {error}") from None
-    seconds = times[-1] - times[0]
-    if seconds * args.fps > 1000 * len(times):
-        raise ValueError(f"{where}: {path} has {len(times)} frames in {float(seconds):.0f} s; "
-                         "its time stamps are broken")
-    picks = nearest_frames(times, args.fps)
+        raise type(error)(f"{where}: {error}") from None
+    pictures = len(film.stamps)
+    seconds = (film.stamps[-1] - film.stamps[0]) * film.tick
+    if seconds * args.fps > 1000 * pictures:
+        raise DamagedVideo(f"{where}: {path} has {pictures} frames in {float(seconds):.0f} s; "
+                           "its time stamps are broken")
+    picks = on_show(film, args.fps)
     if len(picks) < args.frames:
         raise ValueError(f"{where}: {path} has {len(picks)} frames at {float(args.fps):g} fps "
-                         f"({len(times)} in the file), but a clip has --frames {args.frames}; "
+                         f"({pictures} in the file), but a clip has --frames {args.frames}; "
                          "lower --frames, raise --fps, or take the video out")
-    return picks
+    return film, picks
 
 
-def is_done(clip):
-    """Whether the sample exists. Raises ValueError where it was made with other settings."""
-    if not clip.file.exists():
-        return False
-    metadata = read_header(clip.file)["metadata"]
-    for key, value in clip.metadata.items():
-        if metadata.get(key) != value:
-            raise ValueError(f"{clip.file}: exists and was made with {key} {metadata.get(key, 'unknown')}, "
-                             f"but this run has {value}; delete it, or choose another --out")
-    return True
-
-
-def plan(args):
-    """Look at all input. -> list of Jobs, number of samples that exist already."""
-    folder, out = Path(args.videos), Path(args.out)
-    if out.resolve().is_relative_to(folder.resolve()):
-        raise ValueError(f"--out {out}: inside --videos {folder}, where samples would count as broken videos; "
-                         "choose a folder elsewhere")
+def sample_settings(args, codecs):
+    """What all samples of a run say of how they were made."""
     settings = {"fps": f"{float(args.fps):g}", "frames": str(args.frames), "size": f"{args.size[0]} {args.size[1]}",
-                "encoder": args.encoder}
+                "stride_frames": str(args.stride_frames or args.frames), "encoder": args.encoder}
     if args.encoder == "wan":
-        settings |= {"model": args.model, "text_only": str(args.text_only)}
-    jobs = []
+        settings |= {"model": args.model, "text_only": str(args.text_only),
+                     "weights_fingerprint": fingerprint(codecs.files())}
+    return settings
+
+
+def find_clips(film, picks, stem, args, metadata):
+    """All clips of a video. metadata: what their samples have in common."""
+    metadata = metadata | {"video_fingerprint": fingerprint([film.path])}
+    clips = []
+    for start in clip_starts(len(picks), args.frames, args.stride_frames, args.clips_per_video):
+        file = Path(args.out) / f"{stem}_{start:06d}.safetensors"
+        clips.append(Clip(start, file, metadata | {"start": str(start)}))
+    return clips
+
+
+def state_of(clip):
+    """
+    "missing", "done", or "changed" where the sample was made from another video of the same name.
+
+    Raises ValueError where the sample was made with other settings or encoders, or does not say of what.
+    """
+    if not clip.file.exists():
+        return "missing"
+    made = read_header(clip.file)["metadata"]
+    for key, value in clip.metadata.items():
+        if made.get(key) != value and (key != "video_fingerprint" or key not in made):
+            raise ValueError(f"{clip.file}: exists and was made with {key} {made.get(key, 'unknown')}, "
+                             f"but this run has {value}; delete it, or choose another --out")
+    return "done" if made["video_fingerprint"] == clip.metadata["video_fingerprint"] else "changed"
+
+
+def make_plan(args, codecs):
+    """Look at all input: the Plan. Reads the packets of every video and decodes its first picture."""
+    folder = Path(args.videos)
+    if Path(args.out).resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"--out {args.out}: inside --videos {folder}, where samples would count as videos; "
+                         "choose a folder elsewhere")
+    settings = sample_settings(args, codecs)
+    plan = Plan()
     video_of = {}                                                     # stem: video
-    total = done = 0
-    for where, path, prompt in tqdm(read_metadata(folder), desc="looking at videos", disable=None):
+    total = 0
+    for where, path, prompt in tqdm(read_metadata(folder, args.skip_damaged), desc="looking at videos", disable=None):
         stem = stem_of(path, folder)
         if stem in video_of:
             raise ValueError(f"{where}: the samples of {path} and {video_of[stem]} would have one name, {stem}; "
                              "rename one of the videos")
         video_of[stem] = path
-        picks = look_at(where, path, args)
-        job = Job(path, prompt, picks, [])
-        for start in clip_starts(len(picks), args.frames, args.stride_frames, args.clips_per_video):
-            if args.limit and total == args.limit:
-                break
-            total += 1
-            source = path.relative_to(folder).as_posix()
-            metadata = {"prompt": prompt, "source": source, "start": str(start), **settings}
-            clip = Clip(start, out / f"{stem}_{start:06d}.safetensors", metadata)
-            if is_done(clip):
-                done += 1
-            else:
-                job.clips.append(clip)
-        if job.clips:
-            jobs.append(job)
-    return jobs, done
+        try:
+            film, picks = resample(where, path, args)
+        except DamagedVideo as error:
+            if not args.skip_damaged:
+                raise
+            plan.damaged[path] = str(error)
+            continue
+        for note in film.notes:
+            plan.notes.setdefault(note, []).append(path)
+        metadata = {"prompt": prompt, "source": path.relative_to(folder).as_posix(), **settings}
+        clips = find_clips(film, picks, stem, args, metadata)
+        plan.clips_of[path] = [clip.file.name for clip in clips]
+        if args.limit:
+            clips = clips[:args.limit - total]
+        total += len(clips)
+        states = [state_of(clip) for clip in clips]
+        plan.done += states.count("done")
+        plan.changed += states.count("changed")
+        clips = [clip for clip, state in zip(clips, states) if state != "done"]
+        if clips:
+            plan.jobs.append(Job(film, prompt, picks, clips))
+    return plan
 
+
+def first_names(paths, most=10):
+    names = [Path(path).name for path in paths]
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def tell(plan):
+    """Print what a user should know of the input before it is encoded."""
+    for note, paths in plan.notes.items():
+        print(f"{NOTES[note]}: {len(paths)} videos, {first_names(paths)}")
+    if plan.changed:
+        print(f"{plan.changed} samples were made from other videos of the same names and are made anew; "
+              "delete the negatives that were made from them")
+
+
+def unasked_samples(plan, out, prune):
+    """Name the samples in --out that no row asks for, or delete them."""
+    if not Path(out).is_dir():
+        return
+    asked = plan.asked()
+    unasked = [path for path in sorted(Path(out).glob("[!.]*.safetensors")) if path.name not in asked]
+    if unasked and prune:
+        for path in unasked:
+            path.unlink()
+        print(f"{out}: {len(unasked)} samples that no row asks for are deleted: {first_names(unasked)}")
+    elif unasked:
+        print(f"{out}: {len(unasked)} samples that no row asks for: {first_names(unasked)}; they are trained on "
+              "unless you delete them (--prune does)")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# video to samples
 
 def check_flags(args):
     for name in ("fps", "frames"):
@@ -353,6 +271,37 @@ def clip_conditions(codecs, config, video, text_only):
     return codecs.conditions(first, last, video.shape[1])
 
 
+def store_empty_caption(args, codecs):
+    """
+    Write what the text encoder makes of "" next to the samples, for caption dropout and guidance.
+
+    Raises ValueError where the folder holds that of another encoder.
+    """
+    metadata = {"encoder": args.encoder}
+    if args.encoder == "wan":
+        metadata["weights_fingerprint"] = fingerprint(codecs.files())
+    stored = read_empty_caption(args.out)
+    if stored is None:
+        context = codecs.encode_text("").contiguous()                                           # (T, D)
+        content = sorted_header(save({"context": context}, metadata=metadata))
+        write_whole(Path(args.out) / EMPTY_CAPTION, content)
+    elif stored[1] != metadata:
+        raise ValueError(f"{Path(args.out) / EMPTY_CAPTION}: exists and is that of another encoder ({stored[1]}, "
+                         f"but this run has {metadata}); delete it, or choose another --out")
+
+
+def encode_job(job, codecs, config, args, progress):
+    """Write the samples of a video: none before all of it has decoded. Raises DamagedVideo."""
+    stamps = decode_all(job.film)
+    context = codecs.encode_text(job.prompt)                                                    # (T, D)
+    clip_at = {clip.start: clip for clip in job.clips}
+    for start, video in read_clips(job.film, stamps, job.picks, list(clip_at), args.frames, args.size):
+        clip = clip_at[start]
+        conditions = clip_conditions(codecs, config, video, args.text_only)
+        write_sample(clip.file, codecs.encode_video(video), context, clip.metadata, **conditions)
+        progress.update()
+
+
 def encode_folder(args):
     check_flags(args)
     config = CONFIGS["tiny" if args.encoder == "pixel" else args.model]
@@ -361,29 +310,40 @@ def encode_folder(args):
     if args.text_only and config.model_type != "ti2v":
         raise ValueError(f"--text_only: {args.model} is a {config.model_type} model; "
                          "only a ti2v model does with and without an image")
-    jobs, done = plan(args)
-    if jobs:
+    plan = make_plan(args, codecs)
+    tell(plan)
+    unasked_samples(plan, args.out, args.prune)
+    if plan.jobs:
         for part in codecs.parts:
             codecs.part(part)                                         # says what is wrong before anything is encoded
-    total = sum(len(job.clips) for job in jobs)
-    with tqdm(total=total, desc="encoding", unit="clip", disable=None) as progress:
-        for job in jobs:
-            context = codecs.encode_text(job.prompt)                                            # (T, D)
-            clip_at = {clip.start: clip for clip in job.clips}
-            for start, video in read_clips(job.video, job.picks, list(clip_at), args.frames, args.size):
-                clip = clip_at[start]
-                conditions = clip_conditions(codecs, config, video, args.text_only)
-                write_sample(clip.file, codecs.encode_video(video), context, clip.metadata, **conditions)
-                progress.update()
-    print(f"{args.out}: {total} samples written, {done} were there already")
+    if plan.jobs or plan.done:
+        store_empty_caption(args, codecs)
+    written = 0
+    left_out = len(plan.damaged)
+    with tqdm(total=sum(len(job.clips) for job in plan.jobs), desc="encoding", unit="clip", disable=None) as progress:
+        for job in plan.jobs:
+            try:
+                encode_job(job, codecs, config, args, progress)
+                written += len(job.clips)
+            except DamagedVideo as error:
+                if not args.skip_damaged:
+                    raise
+                plan.damaged[job.film.path] = str(error)
+    print(f"{args.out}: {written} samples written, {plan.done} were there already")
+    if len(plan.damaged) > left_out:                                  # samples of an earlier video of the same name
+        unasked_samples(plan, args.out, args.prune)
+    if plan.damaged:
+        print(f"{len(plan.damaged)} damaged videos are left out:")
+        for reason in plan.damaged.values():
+            print(f"    {reason}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # latents to something to look at
 
-def codecs_of(sample, file, weights):
+def codecs_of(shapes, file, weights):
     """The codecs that made a sample, by the number of its channels: no two encoders have the same."""
-    channels = sample["latents"][0]
+    channels = shapes["latents"][0]
     config = next((config for config in CONFIGS.values() if config.out_dim == channels), None)
     if config is None or config.vae != "embedded" and not weights:
         raise ValueError(f"{file}: latents of {channels} channels; {toy.CHANNELS} (pixel) can be decoded, "
@@ -418,8 +378,8 @@ def decode_samples(codecs, files, out, fps, sheet="sheet.png", progress=True):
 def decode_folder(args):
     """Every sample of a folder to an mp4 of its stem, and a contact sheet of the first 16."""
     files = sample_files(args.decode)
-    shapes, _ = read_summaries(files)[files[0]]                       # all have the same number of channels
-    codecs = codecs_of(shapes, files[0], args.weights)
+    first = read_summaries(files)[files[0]]                           # all have the same number of channels
+    codecs = codecs_of(first.shapes, files[0], args.weights)
     shown = decode_samples(codecs, files, args.out, args.fps)
     print(f"{args.out}: {len(files)} videos, and sheet.png with {shown} of them, first file on top")
 
@@ -435,7 +395,11 @@ def parse_args(argv=None):
         help="folder of video files with metadata.jsonl or metadata.csv (columns video, prompt)")
     add("--decode", type=str, default="",
         help="instead of --videos: folder of samples to turn into mp4 files and a contact sheet")
-    add("--out", type=str, required=True, help="folder to write to; samples that exist already are kept")
+    add("--out", type=str, required=True, help="folder to write to; samples that exist already are kept if they fit")
+    add("--skip_damaged", action="store_true",
+        help="leave damaged videos out, count and list them; without it, one is an error")
+    add("--prune", action="store_true",
+        help="delete samples in --out that no row asks for; without it, they are only named")
     # what turns video and prompts into latents and context
     add("--encoder", type=str, default="pixel", choices=["pixel", "wan"], help="the embedded world's codec, or Wan's")
     add("--weights", type=str, default="", help="wan: an original Wan folder or a diffusers folder, with all encoders")

@@ -12,6 +12,10 @@ import numpy as np
 import torch
 from einops import rearrange
 
+# Numbers of colour matrices, as in the standard H.273, and of ranges, as in FFmpeg. BT.709's number also stands for its
+# primaries, which are those of sRGB, and its transfer.
+BT709, BT601, LIMITED = 1, 6, 1
+
 
 def png_chunk(kind, body):
     """One chunk of a PNG file: length, kind (4 bytes), body, checksum."""
@@ -62,6 +66,7 @@ def mp4(video, fps, upscale=1):
     """
     The bytes of an mp4 (H.264, yuv420p: plays everywhere) of video (3, F, H, W) at `fps` frames a second.
 
+    The file says how its colours are stored: as BT.709 from 720 lines on, as BT.601 below, as players assume.
     upscale: a whole number, pixels repeated; players blur tiny clips. Raises ValueError for sides still odd after it.
     """
     import av
@@ -76,8 +81,13 @@ def mp4(video, fps, upscale=1):
         stream.height = height
         stream.width = width
         stream.pix_fmt = "yuv420p"
+        matrix = BT709 if height >= 720 else BT601
+        stream.codec_context.colorspace = matrix
+        stream.codec_context.color_range = LIMITED
+        stream.codec_context.color_primaries = stream.codec_context.color_trc = BT709
         for number, picture in enumerate(pictures):
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame = frame.reformat(format="yuv420p", dst_colorspace=matrix, dst_color_range=LIMITED)
             frame.pts = number
             frame.time_base = 1 / rate
             container.mux(stream.encode(frame))

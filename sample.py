@@ -368,7 +368,8 @@ def parse_args(argv):
     add("--seed", type=int, default=0, help="seed of all noise")
     add("--batch_size", type=int, default=0, help="videos made together; 0: 1 for Wan, 64 for the embedded world")
     add = parser.add_argument_group("with --prompts (0: the value of the model's authors)").add_argument
-    add("--image", nargs="+", default=[], help="first frame (i2v, flf2v, ti2v): a picture for all prompts or for each")
+    add("--image", nargs="+", default=[], help="first frame (i2v, flf2v, ti2v): a picture for all prompts or for each; "
+        "behind what is transparent in it is white")
     add("--last_image", nargs="+", default=[], help="last frame (flf2v): a picture for all prompts or for each")
     add("--out", default="samples", help="folder to write samples, mp4 files and a contact sheet to")
     add("--frames", type=int, default=0, help="frames of a video")
@@ -450,11 +451,9 @@ def load_models(high, low, device):
 
 
 def make_videos(args, config, sampler, high, low):
-    """
-    Turn --prompts into samples, mp4 files and a contact sheet. Memory holds one large thing at a time: image encoders,
-    text encoder, model, decoder.
-    """
-    from encode import check_clip, decode_samples, open_codecs, read_prompts
+    """Turn --prompts into samples, mp4 files and a contact sheet, with one large network in memory at a time."""
+    from encode import check_clip, decode_samples, open_codecs
+    from tables import read_prompts
     from video import read_image
     codecs = open_codecs(config, args.weights, args.device)
     check_clip(codecs, args.frames, args.size)
@@ -516,7 +515,7 @@ def add_negatives(args, config, sampler, high, low):
 
 
 def main(args):
-    from encode import check_text
+    from tables import check_text
     if bool(args.prompts) == bool(args.pairs):
         raise ValueError("give either --prompts or --pairs")
     if not args.name.startswith("negatives") or "/" in args.name:

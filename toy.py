@@ -209,6 +209,31 @@ def decode_pixels(latents):
     return rearrange(blocks, "... c f h w y x -> ... c f (h y) (w x)")
 
 
+class PixelCodec:
+    """The codec under the names of wan_encoders.Encoders; nothing is loaded or freed, and no file is needed."""
+    name = "pixel"
+    frame_step = 1   # any number of frames
+    multiple = 2 * BLOCK   # blocks in the model's patches of 2 x 2
+    parts = ()
+    encode_text = staticmethod(encode_text)
+    encode_video = staticmethod(encode_pixels)
+
+    def files(self):
+        return []
+
+    def part(self, name):
+        return None
+
+    def free(self, name):
+        return None
+
+    def decode_video(self, latents):
+        return decode_pixels(latents).clamp(-1, 1)
+
+    def conditions(self, first, last, frames):
+        return {}
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # exact metrics
 

@@ -18,7 +18,8 @@ import torch.nn.functional as F
 
 from weights import find_weights, open_safetensors, read_json
 
-# Wan's negative prompt where a user gives none; what Wan2.1's image models put before it: "shaking camera", "scene cut".
+# Wan's negative prompt where a user gives none, and what Wan2.1's image models put before it: "shaking camera",
+# "scene cut".
 NEGATIVE_PREFIX = {"i2v": "镜头晃动，", "flf2v": "镜头切换，镜头晃动，"}
 NEGATIVE_PROMPT = (
     "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，"
@@ -245,8 +246,8 @@ class Encoders:
     Text encoder, VAE and CLIP of a Wan model, each loaded when it is first needed and kept until free(part).
 
     Inputs may be on any device; results are float32 on the CPU. The text encoder runs in bf16 on a GPU, as Wan's own
-    does (11 GB), and elsewhere in the dtype it is stored in. VAE and CLIP run in float32: latents are what a model
-    learns from, and both are small.
+    does (11 GB), and elsewhere in the dtype it is stored in. VAE and CLIP run in float32, since latents are
+    what a model learns from, and both are small.
     """
     name = "wan"
     frame_step = 4                                                    # a video has frame_step * n + 1 frames
@@ -258,6 +259,17 @@ class Encoders:
         self.loaded = {}
         self.multiple = PIXELS[config.vae] * config.patch_size[1]     # of height and width, in pixels
         self.parts = ("text", "vae", "clip") if config.image_dim else ("text", "vae")
+
+    def files(self):
+        """The files of all parts, for a fingerprint. Raises ValueError for one that is missing."""
+        files = [find_part(self.path, TOKENIZER_FILES)]
+        kinds = {"text": TEXT_FILES, "vae": VAE_FILES[self.config.vae], "clip": CLIP_FILES}
+        for part in self.parts:
+            first = find_part(self.path, kinds[part])
+            files.append(first)
+            if first.suffix == ".json":                               # the settings of a diffusers part
+                files += sorted(set(find_weights(first.parent).values()))
+        return files
 
     def part(self, name):
         """

@@ -66,10 +66,8 @@ SHAPES = (
 )
 ENTRY = st.fixed_dictionaries(
     {
-        "dtype": st.sampled_from(["F32", "F16", "BF16", "F64", "I64", "BOOL", "F8_E4M3", "Q4", 3]),
-        "shape": SHAPES,
-        "data_offsets": st.lists(st.sampled_from([0, 4, 12, 16, 32, 44, 64, 2**40, -1]), max_size=3),
-    }
+        "dtype": st.sampled_from(["F32", "F16", "BF16", "F64", "I64", "BOOL", "F8_E4M3", "Q4", 3]), "shape": SHAPES,
+        "data_offsets": st.lists(st.sampled_from([0, 4, 12, 16, 32, 44, 64, 2**40, -1]), max_size=3)}
 )
 HEADER = st.dictionaries(
     st.sampled_from(["latents", "context", "win", "y", "", "../x", "\0"]) | st.text(max_size=5),
@@ -81,9 +79,7 @@ HEADER = st.dictionaries(
 )
 METADATA = st.none() | st.dictionaries(
     st.sampled_from(["prompt", "seed", "source"]) | st.text(max_size=4),
-    st.text(max_size=6) | st.integers() | st.none(),
-    max_size=3,
-)
+    st.text(max_size=6) | st.integers() | st.none(), max_size=3)
 
 
 @st.composite
@@ -152,25 +148,9 @@ NAMES = (
     st.sampled_from(["w.safetensors", "l.safetensors"])
     | st.sampled_from(
         [
-            "../secret.safetensors",
-            "set/../../secret.safetensors",
-            "link.safetensors",
-            "ring",
-            "ring/a",
-            "",
-            ".",
-            "..",
-            "/etc/passwd",
-            "~",
-            "w.safetensors/",
-            "a\0b",
-            "x" * 300,
-            "w.safetensors\n",
-            "C:\\a",
-            "\ud800",
-            "./w.safetensors",
-            "%2e%2e/secret.safetensors",
-        ]
+            "../secret.safetensors", "set/../../secret.safetensors", "link.safetensors", "ring", "ring/a", "", ".",
+            "..", "/etc/passwd", "~", "w.safetensors/", "a\0b", "x" * 300, "w.safetensors\n", "C:\\a", "\ud800",
+            "./w.safetensors", "%2e%2e/secret.safetensors"]
     )
     | st.text(max_size=8)
 )
@@ -267,27 +247,15 @@ def test_any_index_of_a_checkpoint_is_read_or_refused(house, content):
 
 SOURCES = sorted(ROOT.glob("*.py"))
 NETWORK = {
-    "socket",
-    "urllib",
-    "http",
-    "requests",
-    "httpx",
-    "ftplib",
-    "huggingface_hub",
-    "aiohttp",
-    "webbrowser",
-    "smtplib",
-}
+    "socket", "urllib", "http", "requests", "httpx", "ftplib", "huggingface_hub", "aiohttp", "webbrowser", "smtplib"}
 
 
 def calls(path):
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Call):
             yield (
-                ast.unparse(node.func),
-                {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords},
-                node.lineno,
-            )
+                ast.unparse(node.func), {keyword.arg: ast.unparse(keyword.value) for keyword in node.keywords},
+                node.lineno)
         for name in (
             [a.name for a in node.names]
             if isinstance(node, ast.Import)
@@ -304,14 +272,8 @@ def test_the_sources_unpickle_evaluate_and_download_nothing():
         for name, keywords, line in calls(path):
             where = f"{path.name}:{line}: {name}"
             assert name not in (
-                "eval",
-                "exec",
-                "compile",
-                "os.system",
-                "os.popen",
-                "__import__",
-                "torch.hub.load",
-            ) and not name.endswith("from_pretrained"), where
+                "eval", "exec", "compile", "os.system", "os.popen", "__import__",
+                "torch.hub.load") and not name.endswith("from_pretrained"), where
             assert not re.search(r"(^|\.)(pickle|marshal|shelve|dill|joblib)\.(load|loads|open)$", name), where
             assert name != "torch.load" or keywords.get("weights_only") == "True", where
             assert not (name.startswith("import ") and name.split()[1] in NETWORK), where

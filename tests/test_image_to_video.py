@@ -45,23 +45,8 @@ def test_gt_pairs_from_an_mp4_to_a_trained_image_to_video_model(tmp_path, monkey
     encode.main(
         encode.parse_args(
             [
-                "--videos",
-                str(tmp_path / "videos"),
-                "--out",
-                data + "/real",
-                "--encoder",
-                "wan",
-                "--weights",
-                model,
-                "--model",
-                "tiny-image",
-                "--size",
-                *map(str, size),
-                "--frames",
-                "5",
-                "--fps",
-                "16",
-            ]
+                "--videos", str(tmp_path / "videos"), "--out", data + "/real", "--encoder", "wan", "--weights", model,
+                "--model", "tiny-image", "--size", *map(str, size), "--frames", "5", "--fps", "16"]
         )
     )
     sample.main(sample.parse_args(["--pairs", data, "--init", model, "--steps", "2"]))

@@ -18,26 +18,20 @@ import torch
 import torch.nn.functional as F
 
 import wan_encoders
-from data import read_sample, write_sample
+from data import fingerprint, read_empty_caption, read_sample, write_sample
 from wan_encoders import LATENTS, open_encoders
-from video import frame_times, nearest_frames, read_clips
 from conftest import write_video
+from make_videos import read_all
 from encode import main, parse_args
 from model import CONFIGS, WanConfig
+from video import look_at
 
 pytest.importorskip("av", reason="real video needs PyAV: pip install -r requirements-video.txt")
 diffusers = pytest.importorskip("diffusers", reason="pip install -r requirements-video.txt")
 transformers = pytest.importorskip("transformers", reason="pip install -r requirements-video.txt")
 # comes with transformers
 from tokenizers import (
-    Tokenizer,
-    decoders,
-    models,
-    normalizers,
-    pre_tokenizers,
-    processors,
-    trainers,
-)
+    Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers)
 
 with gzip.open(Path(__file__).parent / "encoder_keys.json.gz") as file:
     # name: shape of every tensor of the released files, in the original's and in the library's words
@@ -45,28 +39,18 @@ with gzip.open(Path(__file__).parent / "encoder_keys.json.gz") as file:
         file
     )
 FROM_ORIGINAL = {
-    "umt5-xxl": wan_encoders.text_from_original,
-    "wan2.1-vae": wan_encoders.vae_from_original,
-    "wan2.2-vae": wan_encoders.vae_from_original,
-    "clip-vit-h": wan_encoders.clip_from_original,
-}
+    "umt5-xxl": wan_encoders.text_from_original, "wan2.1-vae": wan_encoders.vae_from_original,
+    "wan2.2-vae": wan_encoders.vae_from_original, "clip-vit-h": wan_encoders.clip_from_original}
 T5, CLIP = "models_t5_umt5-xxl-enc-bf16.pth", "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
 TEXT, TOKENS, SIDE = 32, 17, 56  # width of text and image features; tokens and side of an image, 4 x 4 patches of 14
 SMALL = dict(dim=64, ffn_dim=128, num_heads=2, num_layers=2, text_dim=TEXT)
 PRESETS = {
-    "t2v": WanConfig(**SMALL, in_dim=16, out_dim=16),
-    "i2v": WanConfig(**SMALL, in_dim=36, out_dim=16, image_dim=TEXT),
+    "t2v": WanConfig(**SMALL, in_dim=16, out_dim=16), "i2v": WanConfig(**SMALL, in_dim=36, out_dim=16, image_dim=TEXT),
     "flf2v": WanConfig(**SMALL, in_dim=36, out_dim=16, image_dim=TEXT, image_pos_len=2 * TOKENS),
-    "a14b": WanConfig(**SMALL, in_dim=36, out_dim=16),
-    "ti2v": WanConfig(**SMALL, in_dim=48, out_dim=48),
-}
+    "a14b": WanConfig(**SMALL, in_dim=36, out_dim=16), "ti2v": WanConfig(**SMALL, in_dim=48, out_dim=48)}
 SENTENCES = (
-    "a red ball rolls to the left",
-    "the blue square moves up & down",
-    "cats and dogs in the rain",
-    "a café, if it is < or > open",
-    "final cuts; 1 2 3",
-)
+    "a red ball rolls to the left", "the blue square moves up & down", "cats and dogs in the rain",
+    "a café, if it is < or > open", "final cuts; 1 2 3")
 CLEAN, MESSY = "a café, if it is < open & red", "  a cafÃ©,\n if it\t is &amp;lt;   open &amp; red "
 
 
@@ -88,17 +72,9 @@ def tiny_vae(channels, **settings):
     if channels == 48:
         settings = (
             dict(
-                base_dim=8,
-                decoder_base_dim=12,
-                z_dim=48,
-                is_residual=True,
-                in_channels=12,
-                out_channels=12,
-                patch_size=2,
-                scale_factor_spatial=16,
-                latents_mean=LATENTS["wan2.2"][0],
-                latents_std=LATENTS["wan2.2"][1],
-            )
+                base_dim=8, decoder_base_dim=12, z_dim=48, is_residual=True, in_channels=12, out_channels=12,
+                patch_size=2, scale_factor_spatial=16, latents_mean=LATENTS["wan2.2"][0],
+                latents_std=LATENTS["wan2.2"][1])
             | settings
         )
     return diffusers.AutoencoderKLWan(**dict(base_dim=8) | settings)
@@ -121,12 +97,8 @@ def tiny_tokenizer(path, **extra):
     (path / "tokenizer_config.json").write_text(
         json.dumps(
             {
-                "tokenizer_class": "T5Tokenizer",
-                "extra_ids": 0,
-                "pad_token": "<pad>",
-                "eos_token": "</s>",
-                "unk_token": "<unk>",
-            }
+                "tokenizer_class": "T5Tokenizer", "extra_ids": 0, "pad_token": "<pad>", "eos_token": "</s>",
+                "unk_token": "<unk>"}
         )
     )
 
@@ -163,14 +135,8 @@ def folders(tmp_path_factory):
     )
     clip = transformers.CLIPVisionModel(
         transformers.CLIPVisionConfig(
-            hidden_size=TEXT,
-            intermediate_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=16,
-            image_size=SIDE,
-            patch_size=14,
-            hidden_act="gelu",
-        )
+            hidden_size=TEXT, intermediate_size=48, num_hidden_layers=3, num_attention_heads=16, image_size=SIDE,
+            patch_size=14, hidden_act="gelu")
     )
     vaes = {16: tiny_vae(16), 48: tiny_vae(48)}
     for network in (text, clip, *vaes.values()):
@@ -202,9 +168,7 @@ def pipelines(folders):
             image_encoder=transformers.CLIPVisionModel.from_pretrained(folder / "image_encoder"),
             vae=diffusers.AutoencoderKLWan.from_pretrained(folder / "vae"),
             image_processor=transformers.CLIPImageProcessor(size={"shortest_edge": SIDE}, crop_size=SIDE),
-            scheduler=diffusers.UniPCMultistepScheduler(),
-            expand_timesteps=channels == 48,
-        )
+            scheduler=diffusers.UniPCMultistepScheduler(), expand_timesteps=channels == 48)
         for channels, folder in folders["diffusers"].items()
     }
 
@@ -268,8 +232,7 @@ def test_original_names_become_those_of_the_library_and_no_others(kind):
         "umt5-xxl": {"num_heads": 64, "d_kv": 64, "num_layers": 24, "relative_attention_num_buckets": 32},
         "clip-vit-h": {"num_attention_heads": 16, "num_hidden_layers": 32, "image_size": 224, "patch_size": 14},
         "wan2.1-vae": {"base_dim": 96, "decoder_base_dim": 96, "z_dim": 16},
-        "wan2.2-vae": {"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48},
-    }
+        "wan2.2-vae": {"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48}}
     assert settings.items() >= expected[kind].items()
 
 
@@ -356,7 +319,7 @@ def test_a_text_encoder_stored_in_bf16_stays_so_and_gives_float32(folders, copy)
     torch.save({name: tensor.bfloat16() for name, tensor in torch.load(folder / T5).items()}, folder / T5)
     encoders = open_encoders(folder, PRESETS["t2v"])
     exact = open_encoders(folders["original"][16], PRESETS["t2v"]).encode_text(CLEAN)
-    assert close(encoders.encode_text(CLEAN), exact, 0.03) and not close(encoders.encode_text(CLEAN), exact, 1e-4)
+    assert close(encoders.encode_text(CLEAN), exact, 0.1) and not close(encoders.encode_text(CLEAN), exact, 1e-4)
     assert {weight.dtype for weight in encoders.part("text")[1].parameters()} == {torch.bfloat16}
 
 
@@ -397,13 +360,7 @@ def test_a_video_of_other_size_or_range_is_refused(folders):
         open_encoders(folders["diffusers"][48], PRESETS["ti2v"]),
     )
     for video in (
-        clip_of(8),
-        clip_of(5, 32, 40),
-        clip_of(5)[:2],
-        clip_of(5)[:, 0],
-        clip_of(5) * 127.5,
-        clip_of(5) * math.nan,
-    ):
+        clip_of(8), clip_of(5, 32, 40), clip_of(5)[:2], clip_of(5)[:, 0], clip_of(5) * 127.5, clip_of(5) * math.nan):
         assert f"a video of {tuple(video.shape)}" in refusal(encoders.encode_video, video)
     assert "multiples of 16, values in [-1, 1]" in refusal(encoders.encode_video, clip_of(8))
     assert "width multiples of 32" in refusal(big.encode_video, clip_of(5, 48, 48))
@@ -481,15 +438,8 @@ def test_a_first_latent_is_that_of_diffusers_and_of_the_clip_itself(folders, pip
 def test_images_that_do_not_fit_the_model_are_refused(folders):
     first, last = picture(1), picture(2)
     for kind, images in (
-        ("t2v", (first, None)),
-        ("i2v", (None, None)),
-        ("i2v", (first, last)),
-        ("a14b", (None, last)),
-        ("flf2v", (first, None)),
-        ("flf2v", (None, last)),
-        ("ti2v", (first, last)),
-        ("ti2v", (None, last)),
-    ):
+        ("t2v", (first, None)), ("i2v", (None, None)), ("i2v", (first, last)), ("a14b", (None, last)),
+        ("flf2v", (first, None)), ("flf2v", (None, last)), ("ti2v", (first, last)), ("ti2v", (None, last))):
         encoders = open_encoders(folders["diffusers"][48 if kind == "ti2v" else 16], PRESETS[kind])
         assert (
             f"images for a {PRESETS[kind].model_type} model: [" in refusal(encoders.conditions, *images, 9)
@@ -534,11 +484,8 @@ def test_parts_are_loaded_when_needed_let_go_when_told_and_never_from_the_networ
         ("original", "Wan2.1_VAE.pth", "vae", "neither Wan2.1_VAE.pth (original"),
         ("original", CLIP, "clip", f"neither {CLIP} (original"),
         (
-            "diffusers",
-            "text_encoder/config.json",
-            "text",
-            "nor text_encoder/config.json (diffusers folder) in it; give the folder of the whole model",
-        ),
+            "diffusers", "text_encoder/config.json", "text",
+            "nor text_encoder/config.json (diffusers folder) in it; give the folder of the whole model"),
         ("diffusers", "tokenizer/tokenizer.json", "text", "nor tokenizer/tokenizer.json (diffusers"),
         ("diffusers", "vae/diffusion_pytorch_model.safetensors", "vae", "vae: expected one .safetensors file"),
         ("diffusers", "image_encoder/config.json", "clip", "nor image_encoder/config.json (diffusers"),
@@ -570,12 +517,9 @@ def test_a_damaged_file_is_named_and_nothing_in_it_runs(copy, monkeypatch, tmp_p
     else:
         torch.save(
             {
-                "list": [1, 2],
-                "other": {"model": state},
-                "extra": state | {f"{first}.more": torch.zeros(1)},
+                "list": [1, 2], "other": {"model": state}, "extra": state | {f"{first}.more": torch.zeros(1)},
                 "missing": {key: tensor for key, tensor in state.items() if key != first},
-                "shape": state | {first: torch.cat([state[first], state[first]])},
-            }[damage],
+                "shape": state | {first: torch.cat([state[first], state[first]])}}[damage],
             path,
         )
     assert refusal(open_encoders(path.parent, PRESETS["i2v"]).part, part).startswith(f"{path}: ")
@@ -659,48 +603,27 @@ def videos(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "kind, flags, conditions",
     [
-        ("t2v", [], []),
-        ("i2v", [], ["clip_features", "y"]),
-        ("flf2v", [], ["clip_features", "y"]),
-        ("a14b", [], ["y"]),
-        ("ti2v", [], ["first_latent"]),
-        ("ti2v", ["--text_only"], []),
-    ],
+        ("t2v", [], []), ("i2v", [], ["clip_features", "y"]), ("flf2v", [], ["clip_features", "y"]),
+        ("a14b", [], ["y"]), ("ti2v", [], ["first_latent"]), ("ti2v", ["--text_only"], [])],
 )
 def test_samples_of_an_mp4_hold_what_their_model_needs_and_decode_to_an_mp4(
     folders, videos, tmp_path, kind, flags, conditions
 ):
     folder = folders["original" if kind == "i2v" else "diffusers"][PRESETS[kind].out_dim]
     run(
-        "--videos",
-        videos,
-        "--out",
-        tmp_path / "real",
-        "--encoder",
-        "wan",
-        "--weights",
-        folder,
-        "--model",
-        kind,
-        *flags,
-        "--size",
-        32,
-        64,
-        "--frames",
-        9,
-        "--fps",
-        16,
-    )
+        "--videos", videos, "--out", tmp_path / "real", "--encoder", "wan", "--weights", folder, "--model", kind,
+        *flags, "--size", 32, 64, "--frames", 9, "--fps", 16)
     sample = read_sample(tmp_path / "real" / "a_000000.safetensors")
     assert sorted(sample.keys() - {"latents", "context", "metadata"}) == conditions
     assert (
         sample["metadata"].items()
         >= {"encoder": "wan", "fps": "16", "model": kind, "prompt": MESSY, "text_only": str(bool(flags))}.items()
     )
-    ((_, video),) = read_clips(
-        videos / "a.mp4", nearest_frames(frame_times(videos / "a.mp4"), Fraction(16)), [0], 9, (32, 64)
-    )
+    video = read_all(videos / "a.mp4", 16, (32, 64))
     encoders = open_encoders(folder, PRESETS[kind])
+    assert sample["metadata"]["weights_fingerprint"] == fingerprint(encoders.files())
+    context, _ = read_empty_caption(tmp_path / "real")
+    assert context.shape == (1, TEXT) and torch.equal(context, encoders.encode_text(""))
     expected = encoders.conditions(video[:, 0], video[:, -1] if kind == "flf2v" else None, 9) if conditions else {}
     expected |= {"latents": encoders.encode_video(video), "context": encoders.encode_text(MESSY)}
     assert (
@@ -708,31 +631,17 @@ def test_samples_of_an_mp4_hold_what_their_model_needs_and_decode_to_an_mp4(
     )
     if kind in ("t2v", "ti2v"):
         run("--decode", tmp_path / "real", "--out", tmp_path / "look", "--weights", folder)
-        times = frame_times(tmp_path / "look" / "a_000000.mp4")
-        assert len(times) == 9 and times[1] == Fraction(1, 16) and (tmp_path / "look" / "sheet.png").exists()
+        film = look_at(tmp_path / "look" / "a_000000.mp4")
+        assert len(film.stamps) == 9 and film.stamps[1] * film.tick == Fraction(1, 16)
+        assert (tmp_path / "look" / "sheet.png").exists()
 
 
 def test_what_is_wrong_is_said_before_anything_is_encoded(folders, copy, videos, tmp_path, monkeypatch):
     out, good = tmp_path / "real", folders["original"][16]
     monkeypatch.setattr(wan_encoders.Encoders, "encode_text", lambda *args: pytest.fail("encoded"))
     flags = lambda weights=good, model="i2v", size=(32, 48), frames=9: (
-        "--videos",
-        videos,
-        "--out",
-        out,
-        "--encoder",
-        "wan",
-        "--weights",
-        weights,
-        "--model",
-        model,
-        "--size",
-        *size,
-        "--frames",
-        frames,
-        "--fps",
-        16,
-    )
+        "--videos", videos, "--out", out, "--encoder", "wan", "--weights", weights, "--model", model, "--size", *size,
+        "--frames", frames, "--fps", 16)
     broken = copy("original")
     (broken / CLIP).write_bytes(b"")
     assert f"{broken / CLIP}: not a whole file" in refusal(run, *flags(weights=broken))
@@ -753,22 +662,8 @@ def test_what_is_wrong_is_said_before_anything_is_encoded(folders, copy, videos,
 
 def test_samples_made_for_another_model_are_not_taken_for_done(folders, videos, tmp_path):
     flags = (
-        "--videos",
-        videos,
-        "--out",
-        tmp_path / "real",
-        "--encoder",
-        "wan",
-        "--size",
-        32,
-        64,
-        "--frames",
-        5,
-        "--fps",
-        16,
-        "--clips_per_video",
-        1,
-    )
+        "--videos", videos, "--out", tmp_path / "real", "--encoder", "wan", "--size", 32, 64, "--frames", 5, "--fps",
+        16, "--clips_per_video", 1)
     run(*flags, "--weights", folders["diffusers"][48], "--model", "ti2v", "--text_only")
     assert "was made with text_only True, but this run has False" in refusal(
         run, *flags, "--weights", folders["diffusers"][48], "--model", "ti2v"
@@ -776,6 +671,27 @@ def test_samples_made_for_another_model_are_not_taken_for_done(folders, videos, 
     assert "was made with model ti2v, but this run has t2v" in refusal(
         run, *flags, "--weights", folders["diffusers"][16], "--model", "t2v"
     )
+
+
+def test_samples_of_other_encoder_weights_are_refused_by_name(folders, copy, videos, tmp_path):
+    folder = copy("diffusers")
+    flags = ("--videos", videos, "--out", tmp_path / "real", "--encoder", "wan", "--weights", folder, "--model", "t2v",
+             "--size", 32, 64, "--frames", 5, "--fps", 16)
+    run(*flags)
+    run(*flags)
+    random_weights(tiny_vae(16)).save_pretrained(folder / "vae")
+    assert "a_000000.safetensors: exists and was made with weights_fingerprint " in refusal(run, *flags)
+    for path in (tmp_path / "real").glob("*.safetensors"):
+        path.unlink()
+    assert "empty_caption.context: exists and is that of another encoder" in refusal(run, *flags)
+    assert sorted(path.name for path in (tmp_path / "real").iterdir()) == ["empty_caption.context"]
+
+
+@pytest.mark.parametrize("kind, count", [("t2v", 5), ("i2v", 7)])
+def test_the_fingerprint_of_the_encoders_is_of_all_their_files(folders, kind, count):
+    files = open_encoders(folders["diffusers"][16], PRESETS[kind]).files()
+    assert len(files) == len(set(files)) == count  # the tokenizer; settings and tensors of each part
+    assert len(open_encoders(folders["original"][16], PRESETS[kind]).files()) == (3 if kind == "t2v" else 4)
 
 
 def test_wan_latents_need_weights_to_be_decoded(folders, tmp_path):

@@ -1,0 +1,197 @@
+"""
+Text from users: prompts, and the tables that say which video has which prompt.
+
+Text files are UTF-8, with or without a byte order mark, and split at line feeds only. Anything wrong raises ValueError
+with the file and the line.
+"""
+import csv
+import hashlib
+import os
+import re
+from codecs import BOM_UTF8
+from pathlib import Path
+
+from data import file_inside, read_jsonl
+from video import look_at
+
+# What other trainers' metadata calls them; `file_name` stands in Hugging Face's folders of videos.
+VIDEO_COLUMNS = ("video", "file_name", "file_path", "video_path", "path")
+PROMPT_COLUMNS = ("prompt", "text", "caption", "cap")
+VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".flv",
+                  ".gif", ".ogv", ".wmv", ".asf", ".3gp"}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# prompts
+
+def check_text(where, text):
+    """ValueError unless the text, of an argument or a file's name, can be written as UTF-8."""
+    try:
+        str(text).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: {str(text)!r:.200} is not UTF-8 ({error.reason}), as all text in samples is; "
+                         "write it in UTF-8, or rename the file") from error
+
+
+def read_lines(path):
+    """Yield (file:line, text) of a text file in UTF-8, with or without a byte order mark, split at line feeds only."""
+    content = Path(path).read_bytes().removeprefix(BOM_UTF8)
+    for number, line in enumerate(content.split(b"\n"), start=1):
+        try:
+            yield f"{path}:{number}", line.decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}:{number}: not UTF-8 ({error}); save the file as UTF-8") from error
+
+
+def looks_like_path(text):
+    """Whether an argument is rather a path than a prompt: it exists, or is one word with a slash or a suffix."""
+    one_word = text.isascii() and len(text.split()) == 1
+    return os.path.exists(text) or one_word and ("/" in text or re.search(r"\w\.[A-Za-z]\w{1,4}$", text) is not None)
+
+
+def read_prompts(arguments):
+    """
+    The prompts that --prompts gives: each argument is one, or a .txt file with a prompt a line; blank lines are none.
+
+    ValueError for a file that is missing, empty or named twice, and for another path, which is not a prompt.
+    """
+    prompts, files = [], set()
+    for argument in arguments:
+        check_text("--prompts", argument)
+        if not argument.lower().endswith(".txt"):
+            if looks_like_path(argument):
+                raise ValueError(f"--prompts {argument}: this looks like a path; expected prompts or .txt files (if it "
+                                 "is a prompt, write it into a .txt file)")
+            prompts.append(argument)
+            continue
+        if not os.path.isfile(argument):
+            raise ValueError(f"--prompts {argument}: no such file; expected a .txt file with a prompt a line")
+        if Path(argument).resolve() in files:
+            raise ValueError(f"--prompts {argument}: named twice; name it once, or repeat its lines in the file")
+        files.add(Path(argument).resolve())
+        lines = [line.strip() for _, line in read_lines(argument) if line.strip()]
+        if not lines:
+            raise ValueError(f"--prompts {argument}: the file has no line with a prompt")
+        prompts += lines
+    return prompts
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# tables: which videos, which prompts
+
+def read_metadata(folder, skip_damaged=False):
+    """
+    List of (file:line, video file, prompt), one per video.
+
+    Every row and every video of the folder is accounted for; ValueError names the one that is not. Other files are
+    ignored, and with skip_damaged also videos without a row that cannot be read.
+    """
+    folder = Path(folder)
+    table = find_table(folder)
+    rows = []
+    row_of = {}                                                       # real path of a video: where its row is
+    for where, row in read_jsonl(table) if table.suffix == ".jsonl" else read_csv(table):
+        name, prompt = read_row(where, row)
+        path = file_inside(folder, name, where)
+        earlier = row_of.setdefault(path.resolve(), where)
+        if earlier != where:
+            raise ValueError(f"{where}: {name} stands in {earlier} already; expected one row per video")
+        rows.append((where, path, prompt))
+    if not rows:
+        raise ValueError(f"{table}: no rows; expected one per video, with video and prompt")
+    for path in sorted(folder.rglob("*")):
+        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file() and not hidden and path != table and path.resolve() not in row_of:
+            try:
+                look_at(path)
+            except ValueError:
+                if path.suffix.lower() not in VIDEO_SUFFIXES or skip_damaged:
+                    continue                                          # notes, Thumbs.db, ...: not a video
+                raise
+            raise ValueError(f"{path}: a video without a row in {table}; add one, or move the file out of --videos")
+    return rows
+
+
+def find_table(folder):
+    if not folder.is_dir():
+        raise ValueError(f"--videos {folder}: no such folder")
+    tables = [path for path in (folder / "metadata.jsonl", folder / "metadata.csv") if path.is_file()]
+    if len(tables) != 1:
+        got = "both metadata.jsonl and" if tables else "no metadata.jsonl or"
+        raise ValueError(f"--videos {folder}: {got} metadata.csv in it; "
+                         "expected one of them, with columns video and prompt")
+    return tables[0]
+
+
+def first_of(row, columns):
+    """The first of these columns that a row has, or None."""
+    return next((row[column] for column in columns if row.get(column) is not None), None)
+
+
+def read_row(where, row):
+    """The video's file name and the prompt in a row of the table."""
+    name = first_of(row, VIDEO_COLUMNS)
+    prompt = first_of(row, PROMPT_COLUMNS)
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"{where}: no video; expected a column `video` with a file name "
+                         f"(also read: {', '.join(VIDEO_COLUMNS[1:])}); the row has {sorted(map(str, row))}")
+    if not isinstance(prompt, str) or not prompt.strip():
+        raise ValueError(f"{where}: no prompt for {name}; expected text in a column `prompt` "
+                         f"(also read: {', '.join(PROMPT_COLUMNS[1:])})")
+    check_text(where, name)
+    check_text(where, prompt)
+    return name, prompt
+
+
+def read_csv(path):
+    """List of ("file:line", dict), like data.read_jsonl. A quote in a quoted cell is written twice, as Excel does."""
+    rows = []
+    columns = None
+    line = 0                                                          # the last one read
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        reader = csv.reader(file, strict=True)
+        try:
+            for cells in reader:
+                where, line = f"{path}:{line + 1}", reader.line_num
+                if not cells:                                         # a blank line
+                    continue
+                if columns is None:
+                    columns = cells
+                    if len(set(columns)) < len(columns):
+                        raise ValueError(f"{where}: two columns of one name among {columns}")
+                    continue
+                check_cells(where, cells, columns)
+                rows.append((where, dict(zip(columns, cells))))
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{path}: not a CSV table in UTF-8 after line {line} ({error})") from error
+        except csv.Error as error:
+            raise ValueError(f"{path}: not a CSV table in UTF-8 after line {line} ({error}); see {path}:{line + 1}: "
+                             'in a quoted cell a quote is doubled (not \\"), and every quote is closed') from error
+    return rows
+
+
+def check_cells(where, cells, columns):
+    """Raises ValueError for a row with more cells than columns, or one that has swallowed the rows after it."""
+    if len(cells) > len(columns):
+        raise ValueError(f"{where}: {len(cells)} cells, but the table has {len(columns)} columns "
+                         f"({', '.join(columns)}); a cell with a comma in it needs quotes around it")
+    suffixes = {Path(cell).suffix.lower() for cell in cells} & VIDEO_SUFFIXES
+    for cell in cells:
+        for later_line in cell.splitlines()[1:]:
+            names = [name.strip(' "') for name in later_line.split(",")]
+            if any(Path(name).suffix.lower() in suffixes for name in names):
+                raise ValueError(f"{where}: a cell goes on over the end of the line and takes in {later_line!r:.80}; "
+                                 "a quote is not closed")
+
+
+def stem_of(path, folder):
+    """
+    A file name for the samples of a video, safe anywhere: letters, digits, _ and -.
+
+    Where that changed the name, a hash of it is added, so that no two videos share one.
+    """
+    name = path.relative_to(folder).with_suffix("").as_posix()
+    safe = re.sub(r"[^A-Za-z0-9_-]+", "_", name)[:80]
+    if safe == name:
+        return safe
+    return f"{safe}-{hashlib.sha256(name.encode(errors='surrogateescape')).hexdigest()[:8]}"
