@@ -11,6 +11,7 @@ The networks are those of transformers and diffusers, imported when a part is fi
 import html
 import pickle
 import re
+from functools import wraps
 from pathlib import Path
 
 import torch
@@ -241,13 +242,28 @@ def open_encoders(path, config, device="cpu"):
     return Encoders(Path(path), config, torch.device(device))
 
 
+def exact(method):
+    """The method without gradients and without TF32, in which PyTorch else computes float32 convolutions on GPUs."""
+    @wraps(method)
+    def run(*arguments):
+        convolutions, products = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+        before = convolutions.fp32_precision, products.fp32_precision
+        convolutions.fp32_precision = products.fp32_precision = "ieee"
+        try:
+            with torch.no_grad():
+                return method(*arguments)
+        finally:
+            convolutions.fp32_precision, products.fp32_precision = before
+    return run
+
+
 class Encoders:
     """
     Text encoder, VAE and CLIP of a Wan model, each loaded when it is first needed and kept until free(part).
 
     Inputs may be on any device; results are float32 on the CPU. The text encoder runs in bf16 on a GPU, as Wan's own
-    does (11 GB), and elsewhere in the dtype it is stored in. VAE and CLIP run in float32, since latents are
-    what a model learns from, and both are small.
+    does (11 GB), and elsewhere in the dtype it is stored in. VAE and CLIP run in float32, which means no TF32:
+    latents are what a model learns from, and both are small.
     """
     name = "wan"
     frame_step = 4                                                    # a video has frame_step * n + 1 frames
@@ -339,7 +355,7 @@ class Encoders:
         state = {name.removeprefix("vision_model."): tensor for name, tensor in state.items()}    # and so do files
         return fill(build, state, file, self.device, torch.float32)
 
-    @torch.no_grad()
+    @exact
     def encode_text(self, prompt):
         """
         The context (T, D) of a prompt, T <= 512 rows with that of the end mark.
@@ -353,7 +369,7 @@ class Encoders:
         tokens = tokenizer(text, truncation=True, max_length=self.config.text_len).input_ids
         return encoder(torch.tensor([tokens], device=self.device)).last_hidden_state[0].float().cpu()
 
-    @torch.no_grad()
+    @exact
     def encode_video(self, video):
         """
         The latents (C, n + 1, h, w), normalised, of a video (3, 4n + 1, H, W) in [-1, 1].
@@ -369,14 +385,14 @@ class Encoders:
         distribution = vae.encode(video[None].to(self.device, torch.float32)).latent_dist
         return ((distribution.mode()[0] - mean) / std).cpu()
 
-    @torch.no_grad()
+    @exact
     def decode_video(self, latents):
         """latents (C, f, h, w), normalised -> video (3, 4 (f-1) + 1, H, W) in [-1, 1]."""
         vae, mean, std = self.part("vae")
         latents = latents.to(self.device, torch.float32) * std + mean
         return vae.decode(latents[None]).sample[0].clamp(-1, 1).cpu()
 
-    @torch.no_grad()
+    @exact
     def encode_image(self, image):
         """image (3, H, W) in [-1, 1] -> CLIP features (257, 1280) of the last block but one, class token first."""
         clip = self.part("clip")

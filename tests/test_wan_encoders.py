@@ -354,6 +354,33 @@ def test_a_diffusers_vae_brings_its_own_mean_and_deviation(folders, copy):
     assert close(own, (public * std + mean - 0.5) / 2)
 
 
+@pytest.fixture
+def with_tf32():
+    """A user who has allowed TF32 everywhere."""
+    convolutions, products = torch.backends.cudnn.conv, torch.backends.cuda.matmul
+    before = convolutions.fp32_precision, products.fp32_precision
+    convolutions.fp32_precision = products.fp32_precision = "tf32"
+    yield convolutions, products
+    convolutions.fp32_precision, products.fp32_precision = before
+
+
+def test_vae_and_clip_run_without_tf32_whatever_the_user_has_set(folders, with_tf32):
+    encoders = open_encoders(folders["diffusers"][16], PRESETS["i2v"])
+    convolutions, products = with_tf32
+    seen = []
+
+    def look(*args):
+        seen.append((convolutions.fp32_precision, products.fp32_precision))
+    for network in (encoders.part("vae")[0].encoder, encoders.part("vae")[0].decoder, encoders.part("clip")):
+        network.register_forward_hook(look)
+    latents = encoders.encode_video(clip_of(1))
+    encoders.decode_video(latents)
+    encoders.encode_image(picture(1))
+    refusal(encoders.encode_video, clip_of(8))
+    assert len(seen) == 3 and set(seen) == {("ieee", "ieee")}
+    assert (convolutions.fp32_precision, products.fp32_precision) == ("tf32", "tf32")  # as it was, after errors too
+
+
 def test_a_video_of_other_size_or_range_is_refused(folders):
     encoders, big = (
         open_encoders(folders["diffusers"][16], PRESETS["t2v"]),
