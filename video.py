@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from math import ceil
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -99,31 +100,35 @@ def look_at(path):
     try:
         with open_video(path) as container:
             stream = film_stream(container, path)
-            frame, packets, skip = read_packets(container, stream, path)
-            if frame is None:
+            packets = read_packets(container, stream, path)
+            if packets.first is None:
                 raise DamagedVideo(f"{path}: a video without a picture that can be read; {REPAIR}")
-            check_picture(path, frame)
-            return plan_film(path, container, stream, frame, packets, skip)
+            check_picture(path, packets.first)
+            return plan_film(path, container, stream, packets)
     except av.FFmpegError as error:
         raise DamagedVideo(f"{path}: not a video that can be read ({error.strerror}); "
                            f"expected mp4, mov, mkv, webm, avi, ...: {REPAIR}") from error
 
 
-def read_packets(container, stream, path):
-    """
-    The first picture and the time of every packet that is to become one.
+class Packets(NamedTuple):
+    """What the packets of a stream say."""
+    first: object                                                     # the first picture, an av.VideoFrame, or None
+    times: list                                                       # (stamp, duration) of each that is to become one
+    skip: int                                                         # packets before the first key frame
+    corrupt: int                                                      # stamp of the first damaged one, or None
 
-    Returns an av.VideoFrame or None, a list of (stamp, duration), the number of packets before the first key frame.
-    """
+
+def read_packets(container, stream, path):
+    """Read all packets and decode the first picture. Raises DamagedVideo where time starts again."""
     codec = stream.codec_context.codec.canonical_name
-    frame = skip = corrupt = None
-    packets = []
+    first = skip = corrupt = None
+    times = []
     newest = latest = None                                            # largest pts, last dts of the packets before
     for number, packet in enumerate(container.demux(stream)):
         if skip is None and packet.is_keyframe:
             skip = number
-        if skip is not None and frame is None:
-            frame = next(iter(packet.decode()), None)                 # the empty packet at the end gives what is left
+        if skip is not None and first is None:
+            first = next(iter(packet.decode()), None)                 # the empty packet at the end gives what is left
         stamp = packet.dts if packet.pts is None else packet.pts      # some .avi files know decoding times only
         if stamp is None or packet.size == 0:
             continue
@@ -138,11 +143,8 @@ def read_packets(container, stream, path):
             continue
         if packet.is_corrupt and corrupt is None:
             corrupt = stamp
-        packets.append((stamp, packet.duration or 0))
-    if corrupt is not None:
-        raise DamagedVideo(f"{path}: the packet at {float(corrupt * stream.time_base):.2f} s is damaged or cut off; "
-                           f"{REPAIR}")
-    return frame, packets, skip
+        times.append((stamp, packet.duration or 0))
+    return Packets(first, times, skip, corrupt)
 
 
 def jumps_back(packet, stamp, newest, latest):
@@ -172,34 +174,38 @@ def hides_picture(codec, packet):
     return not shows_existing and not shows
 
 
-def plan_film(path, container, stream, frame, packets, skip):
-    """The Film of a stream, from its first picture and what read_packets gives. DamagedVideo for times that jump."""
+def plan_film(path, container, stream, packets):
+    """The Film of a stream. Raises DamagedVideo for a file that is cut off, damaged packets, and time that jumps."""
+    first, times, skip, corrupt = packets
     if is_cut_off(path, container.format.name):
         raise DamagedVideo(f"{path}: the file is cut off, it ends before it says; {REPAIR}")
-    if frame.pts is not None:                                         # pictures before it cannot be decoded
-        packets = [packet for packet in packets if packet[0] >= frame.pts]
-    if not packets:
+    if first.pts is not None:                                         # pictures before it cannot be decoded
+        times = [time for time in times if time[0] >= first.pts]
+    if not times:
         raise DamagedVideo(f"{path}: a video without time stamps; {REPAIR}")
-    packets.sort()
-    stamps = [stamp for stamp, _ in packets]
+    times.sort()
+    stamps = [stamp for stamp, _ in times]
     gap = max((after - before for before, after in zip(stamps, stamps[1:])), default=0) * stream.time_base
     if container.format.name in ("mpegts", "mpeg") and gap > 10:      # ffmpeg's own limit, for broadcasts
         raise DamagedVideo(f"{path}: time jumps ahead by {float(gap):.0f} s, as in files joined end to end; "
                            f"give it one time line (ffmpeg -i {path} OUT.mp4), or leave such videos out "
                            "with --skip_damaged")
+    if corrupt is not None:
+        raise DamagedVideo(f"{path}: the packet at {float(corrupt * stream.time_base):.2f} s is damaged or cut off; "
+                           f"{REPAIR}")
     interval = (stamps[-1] - stamps[0]) / max(1, len(stamps) - 1)
-    duration = packets[-1][1] or frame.duration or round(interval) or 1
+    duration = times[-1][1] or first.duration or round(interval) or 1
     end = stamps[-1] + duration
     header_end = matroska_end(container, stream)
     if header_end > end + duration / 2:                               # where the hold of the last picture is kept
         end = header_end
     notes = []
-    if frame.interlaced_frame:
+    if first.interlaced_frame:
         notes.append("interlaced")
-    if frame.color_primaries in WIDE:
+    if first.color_primaries in WIDE:
         notes.append("in wide colours")
     codec = stream.codec_context.codec.canonical_name
-    strict = codec in PICTURE_A_PACKET and not frame.interlaced_frame                 # a field may be a packet
+    strict = codec in PICTURE_A_PACKET and not first.interlaced_frame                 # a field may be a packet
     return Film(path, stamps, end, stream.time_base, skip, strict, container.format.name == "avi", tuple(notes))
 
 
@@ -207,13 +213,14 @@ def matroska_end(container, stream):
     """When a stream ends by the header of a Matroska file, in ticks; 0 for other files and where it does not say."""
     if not container.format.name.startswith("matroska"):
         return 0
+    ends = [Fraction(container.duration or 0, 10 ** 6)]               # of all streams together
     clock = re.fullmatch(r"(\d+):(\d+):(\d+(?:\.\d+)?)", stream.metadata.get("DURATION", ""))
     if clock:
         hours, minutes, seconds = clock.groups()
-        return int((int(hours) * 3600 + int(minutes) * 60 + Fraction(seconds)) / stream.time_base)
-    if len(container.streams) == 1 and container.duration:            # of all streams together, in microseconds
-        return int(Fraction(container.duration, 10 ** 6) / stream.time_base)
-    return 0
+        ends.append(int(hours) * 3600 + int(minutes) * 60 + Fraction(seconds))
+    elif len(container.streams) > 1:
+        return 0
+    return int(min(ends) / stream.time_base)
 
 
 def is_cut_off(path, kind):
