@@ -217,7 +217,7 @@ def spo_main(argv):
     train_spo.main(train_spo.parse_args(argv))
 
 
-def argv(world, base, out, flags):
+def four_steps(world, base, out, flags):
     """Arguments of train.py: four steps of `base` on the pairs of `world`, two checkpoints. flags: more, one string."""
     return ["--init", str(base), "--data", str(world / "data"), "--out", str(out), "--batch_size", "4", "--steps", "4",
             "--learning_rate", "1e-3", "--warmup_steps", "2", "--save_every", "2", "--keep", "9", "--min_timestep", "0",

@@ -34,7 +34,7 @@ from data import open_data, order, read_sample
 from fsdp_utils import start_ranks
 from run_folder import append_row, check_folder, find_checkpoint, load_checkpoint, save_checkpoint
 from step_folder import stored_weights
-from conftest import FORKS, ROOT, argv, die_at, finish, in_rank, on_ranks, start, train_main
+from conftest import FORKS, ROOT, die_at, finish, four_steps, in_rank, on_ranks, start, train_main
 
 # and seconds*: what may differ between two runs of the same steps
 TIMES = ("memory_gib", "tokens_per_second")
@@ -102,9 +102,9 @@ SLOW = [(1, f"--loss {loss}") for loss in train.OBJECTIVES if loss not in ("sft"
 def test_a_run_that_is_cut_and_goes_on_is_the_uncut_run_in_every_bit_of_log_weights_average_and_optimizer(
     world, base, tmp_path, ranks, flags
 ):
-    on_ranks(ranks, train_main, argv(world, base, tmp_path / "out", flags))
+    on_ranks(ranks, train_main, four_steps(world, base, tmp_path / "out", flags))
     go_back(tmp_path / "out", tmp_path / "cut", 2)
-    on_ranks(ranks, train_main, argv(world, base, tmp_path / "cut", f"{flags} --resume latest"))
+    on_ranks(ranks, train_main, four_steps(world, base, tmp_path / "cut", f"{flags} --resume latest"))
     same_end(tmp_path / "out", tmp_path / "cut")
     assert len(rows(tmp_path / "cut")) == 4
 
@@ -114,9 +114,9 @@ def test_a_run_that_is_cut_and_goes_on_is_the_uncut_run_in_every_bit_of_log_weig
 def test_on_another_number_of_ranks_a_run_goes_on_to_the_same_numbers_within_1e_5(world, base, tmp_path, before, after):
     # beta multiplies float32's rounding: at 1000 AdamW's moments part by 5e-5
     slower = "--learning_rate 3e-5 --beta 50"
-    on_ranks(before, train_main, argv(world, base, tmp_path / "out", slower))
+    on_ranks(before, train_main, four_steps(world, base, tmp_path / "out", slower))
     go_back(tmp_path / "out", tmp_path / "cut", 2)
-    on_ranks(after, train_main, argv(world, base, tmp_path / "cut", f"{slower} --resume latest"))
+    on_ranks(after, train_main, four_steps(world, base, tmp_path / "cut", f"{slower} --resume latest"))
     a, b = (everything(tmp_path / name / "step_000004") for name in ("out", "cut"))
     for part in ("model.", "ema.", "optimizer."):
         flat = [
@@ -219,12 +219,12 @@ def test_a_run_killed_at_random_moments_ends_where_the_run_ends_that_nobody_kill
     world, base, tmp_path, ranks, kills, steps
 ):
     flags = f"--steps {steps} --loss dpo --keep 2"
-    on_ranks(ranks, train_main, argv(world, base, tmp_path / "out", f"{flags} --save_every {steps}"))
+    on_ranks(ranks, train_main, four_steps(world, base, tmp_path / "out", f"{flags} --save_every {steps}"))
     flags += " --resume auto --save_every"
     numbers, found, out = torch.Generator().manual_seed(ranks), [], tmp_path / "cut"
     stamp = lambda name: (out / name).stat().st_mtime_ns if (out / name).exists() else 0
     for kill in range(kills):
-        processes = start(ranks, slow_saves_main, argv(world, base, out, f"{flags} 1"))
+        processes = start(ranks, slow_saves_main, four_steps(world, base, out, f"{flags} 1"))
         # when it has begun, or some rows later
         for name in ["config.json"] + ["log.jsonl"] * int(torch.randint(4, (), generator=numbers)):
             before, until = stamp(name), time.monotonic() + 30
@@ -239,7 +239,7 @@ def test_a_run_killed_at_random_moments_ends_where_the_run_ends_that_nobody_kill
             everything(find_checkpoint(out, "latest"))                         # whole
     # some of them were in the middle of a save
     assert any(name.startswith(".step_") for name in found), found
-    assert finish(start(ranks, train_main, argv(world, base, out, f"{flags} {steps}"))) == [0] * ranks
+    assert finish(start(ranks, train_main, four_steps(world, base, out, f"{flags} {steps}"))) == [0] * ranks
     same_end(tmp_path / "out", out)
     names = {path.name for path in out.iterdir()}
     # and the one checkpoint before it
@@ -325,14 +325,14 @@ def test_a_signal_to_one_rank_saves_and_stops_all_of_them_after_that_step_and_th
     world, base, tmp_path, ranks, number
 ):
     flags = "--save_every 100 --loss dpo"
-    on_ranks(ranks, stopped_main, argv(world, base, tmp_path / "out", flags), ranks - 1, number, 1)
+    on_ranks(ranks, stopped_main, four_steps(world, base, tmp_path / "out", flags), ranks - 1, number, 1)
     assert (
         (tmp_path / "out" / "latest").read_text() == "step_000002\n"
         and len(rows(tmp_path / "out")) == 2
         and not (tmp_path / "out" / "export").exists()
     )
-    on_ranks(ranks, train_main, argv(world, base, tmp_path / "out", f"{flags} --resume latest"))
-    on_ranks(ranks, train_main, argv(world, base, tmp_path / "whole", flags))
+    on_ranks(ranks, train_main, four_steps(world, base, tmp_path / "out", f"{flags} --resume latest"))
+    on_ranks(ranks, train_main, four_steps(world, base, tmp_path / "whole", flags))
     same_end(tmp_path / "whole", tmp_path / "out")
 
 
@@ -391,8 +391,8 @@ def test_only_a_second_signal_some_seconds_later_is_obeyed_at_once(monkeypatch):
 
 
 def test_a_checkpoint_is_written_when_the_last_one_is_so_many_minutes_old(world, base, tmp_path, monkeypatch):
-    on_ranks(1, train_main, argv(world, base, tmp_path / "out", "--steps 3 --loss sft --save_every 100 --save_minutes "
-                                                                "1e-9"))
+    flags = "--steps 3 --loss sft --save_every 100 --save_minutes 1e-9"
+    on_ranks(1, train_main, four_steps(world, base, tmp_path / "out", flags))
     assert sorted(path.name for path in (tmp_path / "out").glob("step_*")) == [
         "step_000001",
         "step_000002",
@@ -493,7 +493,7 @@ def test_a_number_that_is_none_on_one_rank_skips_the_step_on_all_and_is_counted_
     world, base, tmp_path, what
 ):
     out = tmp_path / "out"
-    said, silent = on_ranks(2, poisoned_main, argv(world, base, out, "--loss dpo --steps 5"), 1, [1, 2], what)
+    said, silent = on_ranks(2, poisoned_main, four_steps(world, base, out, "--loss dpo --steps 5"), 1, [1, 2], what)
     assert [row["skipped"] for row in rows(out)] == [0, 1, 2, 0, 0]
     assert [math.isfinite(row["grad_norm"]) for row in rows(out)] == [True, False, False, True, True]
     assert all(math.isfinite(row["loss"]) == (what == "gradient" or row["step"] not in (1, 2)) for row in rows(out))
@@ -505,16 +505,16 @@ def test_a_number_that_is_none_on_one_rank_skips_the_step_on_all_and_is_counted_
     assert first in line and line.count(", lose ") == (1 if what == "loss" else 4) and not silent
     end = everything(out / "step_000005")
     assert all(torch.isfinite(value).all() for value in end.values() if torch.is_tensor(value))
-    on_ranks(2, poisoned_main, argv(world, base, go_back(out, tmp_path / "cut", 2), "--loss dpo --steps 5 --resume "
-                                                                                    "latest"), 1, [0], what)
+    flags = four_steps(world, base, go_back(out, tmp_path / "cut", 2), "--loss dpo --steps 5 --resume latest")
+    on_ranks(2, poisoned_main, flags, 1, [0], what)
     # the second in a row, though the first of this process
     assert [row["skipped"] for row in rows(tmp_path / "cut")] == [0, 1, 2, 0, 0]
 
 
 @pytest.mark.slow
 def test_ten_skipped_steps_in_a_row_stop_every_rank_and_name_the_pairs(world, base, tmp_path):
-    messages = on_ranks(2, poisoned_main, argv(world, base, tmp_path / "out", "--loss regdpo --steps 20 --save_every "
-                                                                              "4"), 1, range(3, 99), "loss")
+    flags = four_steps(world, base, tmp_path / "out", "--loss regdpo --steps 20 --save_every 4")
+    messages = on_ranks(2, poisoned_main, flags, 1, range(3, 99), "loss")
     name = open_data(world / "data", pairs=True)[order(0, 4 * 12 + 2, 24)]["name"]
     assert (
         messages[0] == messages[1]
@@ -547,20 +547,19 @@ def test_bad_samples_are_skipped_and_counted_alike_on_ranks_that_share_a_pair_an
     shutil.copytree(world / "data", tmp_path / "data")
     at_start, running = (open_data(tmp_path / "data", pairs=True).pairs[order(0, position, 24)] for position in (2, 5))
     at_start[0].write_bytes(at_start[0].read_bytes()[:-9])
-    on_ranks(2, blind_main, argv(world, base, tmp_path / "out", flags), 1, running[1])
+    on_ranks(2, blind_main, four_steps(world, base, tmp_path / "out", flags), 1, running[1])
     assert [row["bad_samples"] for row in rows(tmp_path / "out")] == [1, 1, 0, 0]
     bad = read_sample(running[1])
     metadata = bad.pop("metadata")
     # now no rank can, and only its numbers tell
     save_file(bad | {"latents": torch.full_like(bad["latents"], math.nan)}, running[1], metadata=metadata)
-    on_ranks(2, train_main, argv(world, base, tmp_path / "both", flags))
+    on_ranks(2, train_main, four_steps(world, base, tmp_path / "both", flags))
     same_end(tmp_path / "out", tmp_path / "both")
-    on_ranks(
-        2, train_main, argv(world, base, go_back(tmp_path / "out", tmp_path / "cut", 2), f"{flags} --resume latest")
-    )
+    cut = go_back(tmp_path / "out", tmp_path / "cut", 2)
+    on_ranks(2, train_main, four_steps(world, base, cut, f"{flags} --resume latest"))
     same_end(tmp_path / "out", tmp_path / "cut")
     with pytest.raises(ValueError, match="--bad_samples skip: expected stop with --ref cached"):
-        on_ranks(2, train_main, argv(world, base, tmp_path / "no", f"{flags} --ref cached"))
+        on_ranks(2, train_main, four_steps(world, base, tmp_path / "no", f"{flags} --ref cached"))
 
 
 def spo_poisoned(flags, what):
@@ -710,21 +709,20 @@ def test_ranks_that_torchrun_restarts_go_on_by_themselves_to_the_same_end(world,
     done = torchrun(
         tmp_path,
         "os.kill(os.getpid(), signal.SIGKILL)",
-        argv(world, base, tmp_path / "out", "--save_every 1 --steps 6"),
+        four_steps(world, base, tmp_path / "out", "--save_every 1 --steps 6"),
         restarts=1,
     )
     said = done.communicate(timeout=100)[0]
     assert done.returncode == 0 and "steps 2 to 6" in said, said
-    on_ranks(2, train_main, argv(world, base, tmp_path / "whole", "--steps 6"))
+    on_ranks(2, train_main, four_steps(world, base, tmp_path / "whole", "--steps 6"))
     same_end(tmp_path / "whole", tmp_path / "out")
 
 
 @pytest.mark.slow
 def test_one_rank_that_raises_ends_the_job_in_bounded_time_with_its_cause_shown(world, base, tmp_path):
     began = time.monotonic()
-    done = torchrun(
-        tmp_path, 'raise ValueError("negatives/017.safetensors: no such file")', argv(world, base, tmp_path / "out", "")
-    )
+    action = 'raise ValueError("negatives/017.safetensors: no such file")'
+    done = torchrun(tmp_path, action, four_steps(world, base, tmp_path / "out", ""))
     said = done.communicate(timeout=100)[0]
     assert done.returncode == 1 and time.monotonic() - began < 60
     root_cause = said.split("Root Cause")[1]
@@ -733,7 +731,7 @@ def test_one_rank_that_raises_ends_the_job_in_bounded_time_with_its_cause_shown(
 
 @pytest.mark.slow
 def test_a_signal_to_torchrun_saves_and_stops_all_ranks(world, base, tmp_path):
-    job = torchrun(tmp_path, "pass", argv(world, base, tmp_path / "out", "--save_every 10000 --steps 10000"))
+    job = torchrun(tmp_path, "pass", four_steps(world, base, tmp_path / "out", "--save_every 10000 --steps 10000"))
     until = time.monotonic() + 60
     while not ((tmp_path / "out" / "log.jsonl").exists() and rows(tmp_path / "out")) and time.monotonic() < until:
         time.sleep(0.05)

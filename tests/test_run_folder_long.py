@@ -23,7 +23,7 @@ from model import CONFIGS, WanModel
 from weights import load_wan, save_wan
 from ref_cache import open_errors, score_reference
 from sample import Sampler, make_negatives, missing_negatives, negative_settings
-from conftest import argv, die_at, finish, start, train_main
+from conftest import die_at, finish, four_steps, start, train_main
 
 pytestmark = pytest.mark.slow
 
@@ -158,11 +158,11 @@ def test_two_thousand_steps_hold_no_more_memory_files_or_log_a_row_than_five_hun
     model = WanModel(dataclasses.replace(CONFIGS["tiny"], dim=16, ffn_dim=16, num_layers=1, num_heads=1))
     torch.nn.init.normal_(model.head.head.weight, std=0.05)
     save_wan(model, tmp_path / "base")
-    flags = argv(world, tmp_path / "base", tmp_path / "out", "--steps 2000 --save_every 249 --keep 2 --batch_size 2 "
-                                                             "--learning_rate 1e-6 --hold_back 2 --probe_every 250")
-    assert finish(
-        start(1, health, flags, [step for last in range(499, 2000, 500) for step in range(last - 9, last + 1)]), 540
-    ) == [0]
+    flags = ("--steps 2000 --save_every 249 --keep 2 --batch_size 2 --learning_rate 1e-6 --hold_back 2 "
+             "--probe_every 250")
+    looks = [step for last in range(499, 2000, 500) for step in range(last - 9, last + 1)]
+    arguments = four_steps(world, tmp_path / "base", tmp_path / "out", flags)
+    assert finish(start(1, health, arguments, looks), 540) == [0]
     found = json.loads((tmp_path / "out" / "found.json").read_text())
     # wavers by 1 % from step to step; what grows, the least of ten shows
     memory = found.pop("MiB")

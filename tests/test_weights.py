@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import weights
-from conftest import argv, on_ranks, train_main
+from conftest import four_steps, on_ranks, train_main
 from make_golden import CASES, make_case
 from model import CONFIGS, WanConfig, WanModel
 from weights import (
@@ -329,7 +329,7 @@ def test_a_preference_model_is_converted_but_not_to_diffusers(tiny, tmp_path):
 def trained(world, base, tmp_path_factory):
     """A run of two steps on two ranks, whose average differs from its policy: the run's folder."""
     out = tmp_path_factory.mktemp("trained") / "out"
-    on_ranks(2, train_main, argv(world, base, out, "--steps 2"))
+    on_ranks(2, train_main, four_steps(world, base, out, "--steps 2"))
     return out
 
 
@@ -349,7 +349,7 @@ def test_a_step_folder_gives_its_average_or_its_policy(trained, world, base, tmp
     average = convert(trained / "step_000002", tmp_path / "ema", "--weights", "ema")
     policy = convert(trained / "step_000002", tmp_path / "policy", "--weights", "policy")
     assert same_weights(average, end) and not same_weights(policy, end)
-    on_ranks(2, train_main, argv(world, base, tmp_path / "out", "--steps 2 --ema_decay 0"))
+    on_ranks(2, train_main, four_steps(world, base, tmp_path / "out", "--steps 2 --ema_decay 0"))
     assert same_weights(load_wan(tmp_path / "out" / "export").state_dict(), policy)       # no average: the policy
     step = tmp_path / "out" / "step_000002"
     assert same_weights(convert(step, tmp_path / "auto"), policy)
