@@ -1,5 +1,7 @@
 """
-What a block keeps for backward.
+What a block keeps for backward, decided from outside the model with torch's own tools: checkpointing, saved-tensor
+hooks and compilation. save_memory is the one call that applies it; its docstring has the bytes, the FLOPs and the time
+of each mode.
 """
 import resource
 import sys
@@ -10,77 +12,313 @@ from functools import partial
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-
-CHUNK_TOKENS = 8192                                        # the size of chunks that --chunk_tokens -1 means, in the modes that have chunks
+MODES_WITH_CHUNKS = ("chunked", "full")
+CHUNK_TOKENS = 8192
 
 
 @dataclass(frozen=True)
 class MemoryFlags:
-    """What train.py's flags of the same names say; see save_memory."""
+    """The trainers' flags of the same names; see save_memory."""
     checkpointing: str = "off"
-    chunk_tokens: int = 0
+    chunk_tokens: int = -1
     offload_activations: bool = False
     compile: bool = False
 
     @property
     def chunk_size(self):
-        """Tokens of a chunk; 0: blocks run on all tokens at once."""
-        if self.checkpointing not in ("chunked", "full"):
+        """Return the number of tokens of a chunk; 0: blocks run on all tokens at once."""
+        if self.checkpointing not in MODES_WITH_CHUNKS:
             return 0
-        return CHUNK_TOKENS if self.chunk_tokens < 0 else self.chunk_tokens
+        return CHUNK_TOKENS if self.chunk_tokens == -1 else self.chunk_tokens
 
 
 def check_memory_flags(args):
-    """Return the MemoryFlags of a trainer's arguments. Raise ValueError for a flag that would do nothing in the given --checkpointing mode."""
-    flags = MemoryFlags(args.checkpointing, args.chunk_tokens, args.offload_activations, args.compile)
-    if flags.chunk_tokens < -1:
-        raise ValueError(f"--chunk_tokens {flags.chunk_tokens}: expected a number of tokens, 0 (no chunks) or -1 (the default size of the mode)")
-    if flags.chunk_tokens > 0 and flags.checkpointing not in ("chunked", "full"):
-        raise ValueError(f"--chunk_tokens {flags.chunk_tokens} does nothing with --checkpointing {flags.checkpointing}, which has no chunks; "
-                         f"add --checkpointing chunked or full")
-    if flags.checkpointing == "chunked" and flags.chunk_tokens == 0:
-        raise ValueError("--checkpointing chunked --chunk_tokens 0: chunks of no size; give a number of tokens, or --checkpointing off")
-    return flags
+    """Return the MemoryFlags in a trainer's arguments. Raises ValueError for flags that would do nothing together."""
+    mode, size = args.checkpointing, args.chunk_tokens
+    if size < -1:
+        raise ValueError(f"--chunk_tokens {size}: expected a number of tokens, 0 (no chunks) or -1 ({CHUNK_TOKENS} in "
+                         f"the modes with chunks)")
+    if size != -1 and mode not in MODES_WITH_CHUNKS:
+        raise ValueError(f"--chunk_tokens {size} does nothing with --checkpointing {mode}, which has no chunks; leave "
+                         f"it out, or take --checkpointing {' or '.join(MODES_WITH_CHUNKS)}")
+    if size == 0 and mode == "chunked":
+        raise ValueError("--chunk_tokens 0 leaves nothing of --checkpointing chunked; give a number of tokens, or take "
+                         "--checkpointing off")
+    if args.offload_activations and mode == "selective":
+        raise ValueError("--offload_activations does nothing with --checkpointing selective, which keeps its tensors "
+                         "where saved-tensor hooks cannot move them; take --checkpointing chunked or full")
+    return MemoryFlags(mode, size, args.offload_activations, args.compile)
 
 
 def save_memory(model, flags, trained):
     """
-    Apply MemoryFlags to a model, before shard_model. Names of parameters stay. Chunks and compilation apply to every model alike, so that policy and
-    reference take the same numerical path; checkpointing and offload only to a trained one.
-    """
-    mode = flags.checkpointing if trained and flags.checkpointing != "chunked" else "off"
-    checkpoint_blocks(model, mode, flags.offload_activations and trained)
-    chunk_blocks(model, flags.chunk_size)
-    if flags.compile:
-        compile_blocks(model)
+    Apply MemoryFlags to a model in place, before shard_model. The names of parameters stay.
 
+    What a trained model's blocks keep for backward, in bytes per token, layer and channel, and the FLOPs of forward and
+    backward over those of off (Wan2.1 1.3B / 14B, bf16, 32,760 tokens); process time over that of off:
+
+        off        82 / 69                  everything that autograd asks for
+        selective  22 / 22    1.03 / 1.03   attention and all matrix products but the first of the FFN
+        chunked     6 / 6     1.10 / 1.18   the residual stream and attention; what treats token by token runs on
+                                            --chunk_tokens tokens at a time, in forward and again in backward, so that
+                                            what backward makes of one block does not grow with the video
+        full        2 / 2     1.30 / 1.31   the stream before every second block; two blocks are recomputed at a time
+                    2 / 2     1.35 / 1.40   the same with chunks, for videos that are longer than one chunk
+
+    offload_activations: what is kept waits in CPU memory. chunked then keeps q, k and v too (12 bytes); full keeps the
+    stream before every block (4 bytes) and recomputes one block at a time (1.31 / 1.34 with chunks).
+    compile: torch.compile of the blocks or, with chunks, of their token-wise halves.
+    Chunks and compilation apply to every model alike, so that policy and reference take the same numerical path; the
+    rest only to a trained one. Under context parallelism, recomputation repeats the exchanges around attention.
+    """
+    chunk_size = flags.chunk_size
+    mode = flags.checkpointing if trained else "off"
+    offload = Offload() if trained and flags.offload_activations else None
+    if flags.compile:                                      # policy, reference, sampler and probe come in several shapes
+        torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
+    for block in model.blocks:
+        if chunk_size:
+            whole_up_to = chunk_size if flags.checkpointing == "full" else 0
+            run_in_chunks(block, chunk_size, whole_up_to, flags.compile)
+        if mode == "selective":
+            block.forward = recomputed(block.forward, keep_products(model.config.ffn_dim))
+        if mode == "chunked" and not offload:
+            keep_attention_only(block)
+        if flags.compile and not chunk_size:
+            block.forward = compile_static(block.forward)
+        if mode == "full" and offload:
+            block.forward = recomputed(block.forward)
+        if offload:                                        # outermost, so that it sees what a checkpoint keeps
+            block.forward = offload.around(block, block.forward)
+    if mode == "full" and not offload:
+        model.run_blocks = two_by_two(model.run_blocks)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# how much it is
 
 def memory_gib(device):
-    """The most that this rank has held: of the GPU's memory since the last reset, or of this process on a CPU."""
+    """Return the most that this rank has held: GPU memory since the last reset, or on a CPU memory of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2 ** 30
+    unit = 1 if sys.platform == "darwin" else 1024         # of ru_maxrss, in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
 
 
-def memory_plan(args, config, parameters, tokens, videos, needs_ref, ranks, learning=1.0):
-    """What each rank will hold, as a line of text. videos: how many have their graph alive at once, 0 where blocks are frozen; learning: the share of parameters that are not frozen."""
-    shard = 4 * parameters / ranks.mesh.shape[-1] / 2 ** 30                    # float32
-    cpu = " (CPU)" if args.offload_params else ""
-    where = {"live": "", "offload": " (CPU)", "cached": " while it is scored, then 0"}[args.ref]
-    parts = [f"weights {shard:.3f}{cpu}", f"gradients {learning * shard:.3f}{cpu}", f"AdamW {2 * learning * shard:.3f}{cpu}"]
-    parts += [f"reference {shard:.3f}{where}"] if needs_ref else []
-    parts += [f"ema {shard:.3f}{cpu}"] if args.ema_decay else []
-    size = 2 if ranks.device.type == "cuda" else 4                             # bytes of a number in the matrices
-    kept = kept_bytes(config, args.checkpointing, args.offload_activations, size)
-    kept *= videos * config.num_layers * -(-tokens // ranks.cp_size) * config.dim / 2 ** 30
-    parts += [f"kept activations {kept:.3f}{' (CPU)' * args.offload_activations}"]
+def kept_bytes(config, flags, size):
+    """
+    Return the bytes that the blocks keep for backward per token, layer and channel. size: bytes of a number in the
+    matrices; the residual stream is float32. The constants are counted, see tests/test_memory.py.
+    """
+    image = 2 if config.image_dim else 0                   # a second attention: its output, and the sum
+    if flags.checkpointing == "full":
+        return 4 if flags.offload_activations else 2
+    if flags.checkpointing == "chunked":
+        return 4 + size * (4 if flags.offload_activations else 1)
+    if flags.checkpointing == "selective":
+        return 4 + size * (9 + image // 2)
+    return 36 + size * (11 + image + 2 * config.ffn_dim / config.dim)
+
+
+def memory_plan(args, config, parameters, tokens, videos, needs_ref, ranks, trainable=1.0):
+    """
+    Return what each rank will hold, as a line of text. tokens: of a video; videos: how many have their graph alive at
+    once, 0 where blocks are frozen; trainable: the share of parameters that are not frozen.
+    """
+    shard = 4 * parameters / ranks.mesh.shape[-1] / 2 ** 30                    # GiB of float32
+    params_place = " (CPU)" if args.offload_params else ""
+    ref_place = {"live": "", "offload": " (CPU)", "cached": " while it is scored, then 0"}[args.ref]
+    parts = [f"weights {shard:.3f}{params_place}", f"gradients {trainable * shard:.3f}{params_place}",
+             f"AdamW {2 * trainable * shard:.3f}{params_place}"]
+    if needs_ref:
+        parts.append(f"reference {shard:.3f}{ref_place}")
+    if args.ema_decay:
+        parts.append(f"ema {shard:.3f}{params_place}")
+    matrix_size = 2 if ranks.device.type == "cuda" else 4
+    share = -(-tokens // ranks.cp_size)
+    kept = kept_bytes(config, check_memory_flags(args), matrix_size)
+    kept *= videos * config.num_layers * share * config.dim / 2 ** 30
+    activations_place = " (CPU)" if args.offload_activations else ""
+    parts.append(f"kept activations {kept:.3f}{activations_place}")
     return f"memory per rank in GiB: {', '.join(parts)}; on top what backward makes of one block at a time"
 
 
+# ----------------------------------------------------------------------------------------------------------------------
+# checkpointing
+
+ATTENTION_OPS = [getattr(torch.ops.aten, f"_scaled_dot_product_{kernel}").default for kernel in
+                 ("flash_attention", "efficient_attention", "cudnn_attention", "flash_attention_for_cpu")]
+PRODUCT_OPS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default]
+
+
+def recomputed(f, policy=None):
+    """Return f under a checkpoint: backward recomputes what the policy does not keep; without one, everything."""
+    options = {} if policy is None else {"context_fn": partial(create_selective_checkpoint_contexts, policy)}
+    return partial(checkpoint, f, use_reentrant=False, preserve_rng_state=False, **options)        # Wan has no dropout
+
+
+def keep_products(ffn_dim):
+    """
+    Return a policy that keeps attention and matrix products but for those that are ffn_dim wide. These take most of
+    the memory (12 of 34 bytes in 1.3B) and the least time to recompute for it.
+    """
+    def policy(context, op, *args, **kwargs):
+        is_kept = op in ATTENTION_OPS or (op in PRODUCT_OPS and args[-1].shape[-1] != ffn_dim)
+        return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
+    return policy
+
+
+def keep_attention(context, op, *args, **kwargs):
+    """A policy that keeps what attention returns, and nothing else."""
+    return CheckpointPolicy.MUST_SAVE if op in ATTENTION_OPS else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def keep_attention_only(block):
+    """Recompute q, k and v of self-attention from the stream; its output is kept, and what it needs besides q, k, v."""
+    def attend(*inputs):
+        return block.self_attn.attend(*block.before_attention(*inputs))
+    attend_recomputed = recomputed(attend, keep_attention)
+
+    def forward(x, context, time_mod, time_index, cos, sin):                   # Block.forward with that checkpoint
+        modulation = block.modulation + time_mod
+        attended = attend_recomputed(x, time_index, cos, sin, modulation)
+        return block.after_attention(x, attended, time_index, modulation, *block.cross_attn.keys_values(context))
+    block.forward = forward
+
+
+def two_by_two(run_blocks):
+    """Return a run_blocks that keeps the stream before every second block only."""
+    def run(begin, end, x, *inputs):
+        for first in range(begin, end, 2):
+            last = min(first + 2, end)
+            x = recomputed(partial(run_blocks, first, last))(x, *inputs)
+        return x
+    return run
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# chunks
+
+class SaveInputs(torch.autograd.Function):
+    """
+    Save the inputs of Chunks before the chunks run, and return them and a tensor whose grad_fn holds them. A checkpoint
+    stops recomputing when it has all that was saved: were the inputs saved after the chunks, it would run these for
+    nothing.
+    """
+    @staticmethod
+    def forward(ctx, count, *tensors):                     # `count` inputs, then parameters: any of them makes a node
+        inputs = tensors[:count]
+        constants = [x for x, needs_grad in zip(inputs, ctx.needs_input_grad[1:]) if not needs_grad]
+        ctx.mark_non_differentiable(*constants)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(*inputs)
+        ctx.num_parameters = len(tensors) - count
+        return *inputs, inputs[0].new_zeros(())
+
+    @staticmethod
+    def backward(ctx, *grads):
+        return None, *grads[:-1], *[None] * ctx.num_parameters
+
+
+class Chunks(torch.autograd.Function):
+    """
+    f on `size` tokens at a time. Backward runs f again and takes its gradients chunk by chunk, so that what f makes
+    lives as long as its chunk. See in_chunks for the arguments.
+    """
+    @staticmethod
+    def forward(ctx, f, size, token_inputs, saved, count, *tensors):
+        inputs, ctx.parameters = tensors[:count], tensors[count:]              # the leaves themselves, as f uses them
+        ctx.f, ctx.size, ctx.saved, ctx.tokens = f, size, saved, inputs[0].shape[1]
+        ctx.is_cut = [i < token_inputs and x.shape[1] == ctx.tokens for i, x in enumerate(inputs)]
+        chunks = []
+        for start in range(0, ctx.tokens, size):
+            chunks.append(f(*cut(inputs, ctx.is_cut, start, size)))
+        if isinstance(chunks[0], tuple):
+            return tuple(torch.cat(parts, dim=1) for parts in zip(*chunks))
+        return torch.cat(chunks, dim=1)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *grads):
+        inputs = ctx.saved.saved_tensors                                       # read once only, or a checkpoint raises
+        wholes, needs_grad = [*inputs, *ctx.parameters], ctx.needs_input_grad[5:]
+        wanted = [i for i, needed in enumerate(needs_grad) if needed]
+        totals = [None] * len(wholes)
+        for start in range(0, ctx.tokens, ctx.size):
+            chunk = cut(inputs, ctx.is_cut, start, ctx.size)
+            chunk = [x.detach().requires_grad_(needed) for x, needed in zip(chunk, needs_grad)]
+            with torch.enable_grad():
+                outs = ctx.f(*chunk)
+            outs = outs if isinstance(outs, tuple) else (outs,)
+            learning = [i for i, out in enumerate(outs) if out.requires_grad]  # not all, where layers are frozen
+            leaves = [*chunk, *ctx.parameters]
+            leaf_grads = torch.autograd.grad(
+                [outs[i] for i in learning], [leaves[i] for i in wanted],
+                [grads[i][:, start:start + ctx.size] for i in learning], allow_unused=True)
+            for i, grad in zip(wanted, leaf_grads):
+                if grad is not None:                                           # as for parameters that f does not use
+                    totals[i] = add_chunk(totals[i], grad, wholes[i], i < len(inputs) and ctx.is_cut[i], start)
+            del outs, chunk, leaves, leaf_grads, grad                          # before the next chunk makes its own
+        return None, None, None, None, None, *totals
+
+
+def cut(inputs, is_cut, start, size):
+    """
+    Return the inputs of the chunk that begins at token `start`, contiguous: torch multiplies others by another kernel
+    where the weights are frozen, and a reference would differ from its policy in the last bit.
+    """
+    return [x[:, start:start + size].contiguous() if cuts else x for x, cuts in zip(inputs, is_cut)]
+
+
+def add_chunk(total, grad, whole, is_cut, start):
+    """Add the gradient of a chunk to that of the whole tensor (None at first). Returns the total."""
+    if is_cut:
+        total = torch.empty_like(whole) if total is None else total
+        total[:, start:start + grad.shape[1]] = grad
+        return total
+    if total is None:                                      # float32: a sum in bf16 would lose the last chunks
+        total = torch.zeros_like(whole, dtype=torch.promote_types(whole.dtype, torch.float32))
+    return total.add_(grad)
+
+
+def in_chunks(f, block, size, token_inputs, whole_up_to):
+    """
+    Return f, a token-wise half of a block, on `size` tokens at a time; on all of them where there are at most
+    `whole_up_to`. The first `token_inputs` arguments of f are (B, L or 1, ...), the others are the same for all tokens.
+    """
+    def chunked(*inputs):
+        if inputs[0].shape[1] <= whole_up_to:
+            return f(*inputs)
+        parameters = [p for p in block.parameters() if p.requires_grad]        # in each forward: FSDP exchanges them
+        *inputs, saved = SaveInputs.apply(len(inputs), *inputs, *parameters)
+        return Chunks.apply(f, size, token_inputs, saved.grad_fn, len(inputs), *inputs, *parameters)
+    return chunked
+
+
+def run_in_chunks(block, size, whole_up_to, compiled):
+    """Replace the token-wise halves of a block by the same in chunks."""
+    before, after = block.before_attention, block.after_attention
+    if compiled:
+        before, after = compile_static(before), compile_static(after)
+    block.before_attention = in_chunks(before, block, size, 4, whole_up_to)    # x, time_index, cos, sin
+    block.after_attention = in_chunks(after, block, size, 3, whole_up_to)      # x, attended, time_index
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# compilation
+
+def compile_static(f):
+    """Return torch.compile(f) with a graph for each shape, so that policy and reference run the same one of several."""
+    return torch.compile(f, dynamic=False)
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# offload
+
 class Kept:
-    """A storage that waits for its backward in a buffer on the CPU, and until the copy is done on the device too."""
+    """A storage that waits for its backward in a buffer on the CPU, and on the device too until the copy is done."""
     def __init__(self, flat, buffer, free, before):
         self.source, self.uses = weakref.ref(flat.untyped_storage()), 0
         self.buffer, self.free, self.before = buffer, free, before
@@ -88,34 +326,45 @@ class Kept:
         self.x, self.copied = flat, None                   # copied: a CUDA event; None on the CPU
 
     def __del__(self):
-        self.free.append(self.buffer)                      # the next copy into it runs on the same stream, after those that still read it
+        self.free.append(self.buffer)                      # the next copy into it is later on the same stream
 
 
 class Offload:
     """
-    Moves what blocks keep to CPU memory in forward and back in backward. On GPUs copies run on a stream of their own, beside the computation, from and to
-    pinned buffers that are used again. A tensor leaves the device when the second one after it has been kept: by then its copy is done, and waiting for
-    it costs nothing. When the backward of a block asks for its own, what the block before it kept is fetched.
+    Moves what blocks keep to CPU memory in forward, and back in backward. On GPUs the copies run on a stream of their
+    own, in parallel with the computation, from and to pinned buffers that are reused. A tensor leaves the device when
+    the second one after it has been kept: by then its copy is done, and waiting for it costs nothing. When the backward
+    of a block asks for its own, what the block before it kept is fetched.
     """
     def __init__(self):
         self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
         self.free = []                                     # buffers
-        self.leaving = deque()                             # kept storages that are still on the device
-        self.block, self.before = [], []                   # what this block and the one before it kept; weak, or each would hold all before it
+        self.leaving = deque()                             # weak references to storages that are still on the device
+        self.block, self.before = [], []                   # weak references to what this block and the one before kept;
+                                                           # strong ones would make a chain through all blocks
 
     def around(self, block, function):
-        """The function of a block, x first, with what it saves moved, but for its weights and for what is small (modulation, tables and text, which blocks share)."""
-        def forward(x, *rest):
+        """
+        Return the function of a block, stream first, with what it saves moved. Weights stay, and so does what is small:
+        modulation, tables and text, which the blocks share.
+        """
+        def forward(x, *inputs):
             self.block, self.before = [], self.block
             weights = {p.untyped_storage()._cdata for p in block.parameters()}         # as FSDP has gathered them
-            small = x.numel()                              # the hooks live as long as the graph: x itself in one of them would stay on the device
-            stays = lambda storage: storage.nbytes() < small or storage._cdata in weights
-            with saved_tensors_hooks(lambda t: t if stays(t.untyped_storage()) else self.pack(t), lambda t: t if torch.is_tensor(t) else self.unpack(*t)):
-                return function(x, *rest)
+            small = x.numel()                              # a number: the graph holds the hooks, and would hold x
+
+            def pack(t):
+                storage = t.untyped_storage()
+                return t if storage.nbytes() < small or storage._cdata in weights else self.pack(t)
+
+            def unpack(packed):
+                return packed if torch.is_tensor(packed) else self.unpack(*packed)
+            with saved_tensors_hooks(pack, unpack):
+                return function(x, *inputs)
         return forward
 
     def copy(self, target, source):
-        """target <- source beside the computation, after what has been asked of the device so far. Returns the event of its end."""
+        """Copy source to target after all that was asked of the device so far. Returns the event of its end."""
         if self.stream is None:
             target.copy_(source)
             return None
@@ -125,139 +374,58 @@ class Offload:
             return self.stream.record_event()
 
     def wait(self, event):
+        """Let what the device is asked from here on wait for the event of a copy."""
         if event is not None:
             torch.cuda.current_stream().wait_event(event)
 
+    def take_buffer(self, nbytes):
+        """Return the smallest free buffer of at least this many bytes, or a new one."""
+        large_enough = [i for i, buffer in enumerate(self.free) if len(buffer) >= nbytes]
+        if large_enough:
+            return self.free.pop(min(large_enough, key=lambda i: len(self.free[i])))
+        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=self.stream is not None)
+
     def keep(self, flat):
-        fits = [i for i, buffer in enumerate(self.free) if len(buffer) >= flat.nbytes]
-        buffer = (self.free.pop(min(fits, key=lambda i: len(self.free[i]))) if fits
-                  else torch.empty(flat.nbytes, dtype=torch.uint8, device="cpu", pin_memory=self.stream is not None))
-        kept = Kept(flat, buffer, self.free, self.before)
+        """Begin to move a storage, given as a flat tensor. Returns its Kept."""
+        kept = Kept(flat, self.take_buffer(flat.nbytes), self.free, self.before)
         kept.copied = self.copy(kept.host, flat)
         self.block.append(weakref.ref(kept))
         self.leaving.append(weakref.ref(kept))
-        if len(self.leaving) > 2 and (left := self.leaving.popleft()()) is not None:
-            self.wait(left.copied)                         # what the device is asked from here on may use the memory again
-            left.x = None
+        if len(self.leaving) > 2:
+            left = self.leaving.popleft()()
+            if left is not None:
+                self.wait(left.copied)                     # its memory may be used again by what comes after this
+                left.x = None
         return kept
 
     def pack(self, t):
-        """-> what unpack takes. Several views of one storage, and several users of a view, make one copy."""
+        """Return the arguments of unpack. Several views of one storage, and several users of a view, make one copy."""
         storage = t.untyped_storage()
-        mine = [kept for ref in self.block if (kept := ref()) is not None and kept.source() is storage]
-        kept = mine[0] if mine else self.keep(t.detach().as_strided((storage.nbytes() // t.itemsize,), (1,), 0))
+        kept = None
+        for reference in self.block:
+            earlier = reference()
+            if earlier is not None and earlier.source() is storage:
+                kept = earlier
+        if kept is None:
+            kept = self.keep(t.detach().as_strided((storage.nbytes() // t.itemsize,), (1,), 0))
         kept.uses += 1
         return kept, t.dtype, t.shape, t.stride(), t.storage_offset()
 
     def fetch(self, kept):
+        """Begin to move a Kept back, unless it is on the device."""
         if kept.x is None:
             kept.x = torch.empty(kept.host.shape, dtype=kept.host.dtype, device=kept.device)
             kept.copied = self.copy(kept.x, kept.host)
 
     def unpack(self, kept, dtype, *layout):
+        """Return the tensor that pack was given, and begin to fetch what the block before this one kept."""
         self.fetch(kept)
         self.wait(kept.copied)
         x, kept.uses = kept.x, kept.uses - 1
         if kept.uses == 0:
             kept.x = None
-        for earlier in kept.before:
-            if (earlier := earlier()) is not None:
+        for reference in kept.before:
+            earlier = reference()
+            if earlier is not None:
                 self.fetch(earlier)
         return x.view(dtype).as_strided(*layout)
-
-
-def checkpoint_blocks(model, mode, offload=False):
-    """
-    What the blocks keep for backward. Bytes per token, layer and channel of Wan2.1 1.3B / 14B in bf16, and what is recomputed for it:
-
-        off         42 / 36    norms, modulation, rotation and GELU, which cost next to nothing
-        selective   30 / 30    and the first layer of the FFN: 3 % of the FLOPs of forward and backward at 32,760 tokens, 7 % at 7,800 (1.3B)
-        full       2.2 / 2.1   everything: the residual stream is kept in float32 before every second block
-
-    offload: all of that waits in CPU memory; full keeps the stream before every block then (4 bytes), so that one block at a time is recomputed.
-    For attention that is kept, and all else recomputed (12 bytes), see chunk_blocks.
-    Names of parameters stay; to be called before shard_model.
-    """
-    store = Offload() if offload else None
-    again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)             # no dropout in Wan, hence no random state
-    for block in model.blocks:
-        block.keep_hidden = mode != "selective"
-        if offload:                                        # around the checkpoint, so that it is the checkpoint's inputs which move
-            block.forward = store.around(block, partial(again, block.forward) if mode == "full" else block.forward)
-    if mode == "full" and not offload:
-        run_blocks = model.run_blocks
-
-        def in_twos(begin, end, x, *rest):
-            for first in range(begin, end, 2):
-                x = again(partial(run_blocks, first, min(first + 2, end)), x, *rest)
-            return x
-        model.run_blocks = in_twos
-
-
-def kept_bytes(config, mode, offload, size):
-    """Bytes that the blocks keep for backward per token, layer and channel; size: bytes of a number in the matrices."""
-    if mode == "full":
-        return 4 if offload else 2                         # the stream, float32
-    if mode == "chunked":
-        return 4 + 4 * size                                # q, k, v and the output of attention
-    hidden = config.ffn_dim / config.dim if mode == "off" else 0
-    return 8 + (11 + 2 * (config.image_dim > 0) + hidden) * size                           # the stream twice
-
-
-class Chunks(torch.autograd.Function):
-    """f on `size` tokens at a time, see chunk_blocks. Only its inputs are kept; backward does each chunk again, so that what f makes lives as long as its chunk."""
-    @staticmethod
-    def forward(ctx, f, size, cut, count, *tensors):                       # `count` inputs of f, of which the first `cut` have tokens (or a 1) in dim 1; its parameters
-        tokens = tensors[0].shape[1]
-        ctx.f, ctx.count, ctx.size, ctx.starts = f, count, size, range(0, tokens, size)
-        ctx.part = lambda i, x, start: x[:, start:start + size] if i < cut and x.shape[1] == tokens else x
-        ctx.parameters = tensors[count:]                                   # the leaves themselves, as f uses them
-        ctx.save_for_backward(*tensors[:count])
-        outs = [f(*(ctx.part(i, x, start) for i, x in enumerate(tensors[:count]))) for start in ctx.starts]
-        return tuple(torch.cat(parts, dim=1) for parts in zip(*outs)) if isinstance(outs[0], tuple) else torch.cat(outs, dim=1)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, *grads):
-        tensors, needed, totals = (*ctx.saved_tensors, *ctx.parameters), ctx.needs_input_grad[4:], {}
-        for start in ctx.starts:
-            inputs = [ctx.part(i, x, start).detach().requires_grad_(needed[i]) for i, x in enumerate(tensors[:ctx.count])]
-            with torch.enable_grad():
-                outs = ctx.f(*inputs)
-            outs = [(out, grad[:, start:start + ctx.size]) for out, grad in zip(outs if isinstance(outs, tuple) else (outs,), grads) if out.requires_grad]
-            leaves = {i: x for i, x in enumerate((*inputs, *ctx.parameters)) if needed[i]}
-            found = torch.autograd.grad([out for out, _ in outs], list(leaves.values()), [grad for _, grad in outs], allow_unused=True)
-            for i, grad in zip(leaves, found):
-                if grad is not None:                                       # it is, of parameters that f does not use
-                    whole = tensors[i]
-                    if i not in totals:                                    # what all chunks add to is float32: in bf16 the sum would be too coarse for the last ones
-                        shared = ctx.part(i, whole, start) is whole
-                        totals[i] = torch.zeros_like(whole, dtype=torch.promote_types(whole.dtype, torch.float32) if shared else whole.dtype)
-                    ctx.part(i, totals[i], start).add_(grad)
-        return None, None, None, None, *(totals.get(i) for i in range(len(tensors)))
-
-
-def chunk_blocks(model, size):
-    """
-    Run what is token by token in a block, all but self-attention, on `size` tokens at a time, in forward and again in backward. Kept are 12 bytes per token,
-    layer and channel (in bf16: the residual stream, q, k, v and the output of attention), and what backward makes of one block no longer grows with the
-    video. It costs a second forward of the matrices: 9 % of the FLOPs of forward and backward at 32,760 tokens (1.3B). 0: not at all.
-    """
-    def in_chunks(block, f, cut):
-        def chunked(*inputs):
-            parameters = [p for p in block.parameters() if p.requires_grad]              # in each forward: FSDP swaps them
-            return Chunks.apply(f, size, cut, len(inputs), *inputs, *parameters)
-        return chunked
-    for block in model.blocks if size else ():
-        block.before_attention = in_chunks(block, block.before_attention, 4)
-        block.after_attention = in_chunks(block, block.after_attention, 3)
-
-
-def compile_blocks(model):
-    """
-    torch.compile of what is cheap in each block (norms, modulation, rotation, GELU, gates), one kernel each; matrices and attention are kernels already.
-    These functions never see that a gradient is wanted (model.Recompute), so policy and reference run the same ones and stay equal bit for bit.
-    """
-    for module in model.blocks.modules():
-        if not list(module.children()) and not isinstance(module, torch.nn.Linear):
-            module.forward = torch.compile(module.forward)

@@ -18,6 +18,7 @@ import sys
 import time
 import types
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from statistics import median, quantiles
 
@@ -28,13 +29,11 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-import model as model_file
-from memory import checkpoint_blocks, chunk_blocks, compile_blocks
+from memory import MemoryFlags, save_memory
 from model import CONFIGS, WanConfig, WanModel
 from weights import ORIGINAL_NAMES, public_config, rename
 from dry_run import kept_for_backward
 
-ONEDNN = model_file.ONEDNN
 T2V = dict(in_dim=16, out_dim=16)
 SIZES = {                             # config, latents (frames, height, width)
     "1.3b": (CONFIGS["wan2.1-t2v-1.3b"], (21, 60, 104)),                 # 81 frames at 480 x 832: 32,760 tokens
@@ -42,33 +41,21 @@ SIZES = {                             # config, latents (frames, height, width)
     "mini": (WanConfig(dim=512, ffn_dim=2048, num_heads=4, num_layers=4, **T2V), (5, 32, 32)),               # 1,280 tokens
     "like 1.3b": (WanConfig(dim=256, ffn_dim=1493, num_heads=2, num_layers=1, **T2V), (7, 60, 52)),           # 5,460 tokens: FFN and attention in proportion as above
 }
-MODES = {"off": lambda model: None, "selective": lambda model: checkpoint_blocks(model, "selective"), "full": lambda model: checkpoint_blocks(model, "full"),
-         "chunks of 8192": lambda model: chunk_blocks(model, 8192)}
+MODES = {"off": MemoryFlags(), "selective": MemoryFlags("selective"), "chunked": MemoryFlags("chunked"), "full": MemoryFlags("full", 0)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------------------
 # the three models: build(config, mode) -> module, forward(x, timestep, context)
 
-def ours(config, mode, onednn=ONEDNN):
+def ours(config, mode, compiled=False):
     model = WanModel(config)
     torch.nn.init.normal_(model.head.head.weight, std=0.02)              # not zero, as at the start of training from scratch: zeros are computed faster
-    MODES[mode](model)
-
-    def forward(*inputs):
-        model_file.ONEDNN = onednn                                       # of the backward too, which comes next
-        return model(*inputs)
-    return model, forward
-
-
-def by_mkl(config, mode):
-    """With the kernels that PyTorch takes by default, as the other two."""
-    return ours(config, mode, onednn=False)
+    save_memory(model, replace(MODES[mode], compile=compiled), trained=True)
+    return model, model
 
 
 def compiled(config, mode):
-    model, forward = ours(config, mode)
-    compile_blocks(model)
-    return model, forward
+    return ours(config, mode, compiled=True)
 
 
 def diffusers(config, mode):
@@ -173,7 +160,7 @@ def on_cpu(rounds):
     for size, variants in {
             "mini": {f"{name}, {mode}": (build, mode) for mode in ("off", "full") for name, build in ALL.items()},
             "like 1.3b": {f"{name}, off": (build, "off") for name, build in ALL.items()} | {"ours, selective": (ours, "selective")}}.items():
-        variants |= {"ours, off, compiled": (compiled, "off")} | ({"ours, off, MKL as the others": (by_mkl, "off")} if ONEDNN else {})
+        variants |= {"ours, off, compiled": (compiled, "off")}
         config, (f, h, w) = SIZES[size]
         seconds, losses = process_times(size, variants, rounds)
         print(f"\nProcess time of forward and backward, float32, one thread, the same weights: {size} (width {config.dim}, FFN {config.ffn_dim}, {config.num_layers} layers, "

@@ -40,17 +40,16 @@ COPIES = {torch.ops.aten.copy_.default: 1, torch.ops.aten._to_copy.default: 0}  
 
 
 def kept_for_backward(model, forward):
-    """Bytes that autograd keeps for backward of forward(), the parameters of the model left out. On real or on fake tensors."""
-    own, kept = {parameter.untyped_storage()._cdata for parameter in model.parameters()}, {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        if storage._cdata not in own:
-            kept[storage._cdata] = (storage.nbytes(), tensor)                                  # the tensor, so that no address is used twice
-        return tensor
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        forward()
-    return sum(nbytes for nbytes, _ in kept.values())
+    """Bytes that are kept for backward of forward(), the parameters of the model left out. On real or on fake tensors."""
+    live = Live()
+    for parameter in model.parameters():
+        live.track(parameter, "weights")
+    weights = live.now
+    with live:
+        output = forward()
+        kept = live.now - weights
+    del output
+    return kept
 
 
 class Live(TorchDispatchMode):
@@ -163,7 +162,7 @@ def simulate(flags, config, shape, world, fake=True):
         return kept
 
     with contextlib.ExitStack() as stack:
-        for change in (patch.dict(os.environ, WORLD_SIZE=str(world), LOCAL_RANK="0"), patch("torch.cuda.is_available", lambda: False), patch("model.ONEDNN", False),
+        for change in (patch.dict(os.environ, WORLD_SIZE=str(world), LOCAL_RANK="0"), patch("torch.cuda.is_available", lambda: False),
                        patch.object(nn.Module, "to", lambda self, *_: self),                   # fake parameters cannot be swapped, and are where they belong
                        patch.object(WanModel, "init_weights", lambda self: None), patch.object(nn.Linear, "reset_parameters", lambda self: None),
                        patch.object(fsdp_utils, "matrix_dtype", lambda _: torch.bfloat16), patch.object(memory.Offload, "pack", pack_on_host)):
