@@ -1,18 +1,25 @@
 """
-The probe: fixed pairs, noise and sigmas, whatever the run; what is held back for it. The audit: it finds what was
-planted and nothing else.
+What is judged in the embedded world: which captions, with which noise, by which model. The probe: fixed pairs, noise
+and sigmas, whatever the run; what is held back for it. The audit: it finds what was planted and nothing else.
 """
 import json
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import run
+from conftest import run, textbook_error
+from safetensors.torch import load_file
 
+import evaluate
+import toy
 import train
-from data import open_data, write_sample
+from data import open_data, randomness, read_sample, sample_files, seed_of, write_sample
+from evaluate import HeldOut, Probe, audit, audit_report, auc, best_threshold, hold_back, sigma_steps, statistics
 from fsdp_utils import start_ranks
-from evaluate import Probe, audit, audit_report, auc, best_threshold, hold_back, sigma_steps, statistics
+from model import WanModel
+from sample import Sampler
+from step_folder import stored_weights
+from weights import open_wan
 
 SHAPE = (2, 3, 8, 8)
 
@@ -40,6 +47,168 @@ def make_pairs(folder, count, change=lambda win: win, names=("negatives",)):
                 {"prompt": "a"},
             )
     return open_data(folder, pairs=True)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# clips of the embedded world
+
+class Still(torch.nn.Module):
+    """A model of velocity 0, under which a clip is the noise that it was drawn from; it keeps the contexts it saw."""
+    def __init__(self):
+        super().__init__()
+        self.contexts = []
+
+    def forward(self, x, timestep, context):
+        self.contexts.append(context)
+        return torch.zeros_like(x)
+
+
+def held_out_noise(index):
+    return torch.randn(evaluate.SHAPE, generator=torch.Generator().manual_seed(seed_of("held out", index)))
+
+
+def test_held_out_clips_are_of_captions_that_are_never_trained_on_each_from_its_own_noise(ranks):
+    held_out = HeldOut(70, Sampler(steps=2))
+    captions, videos = toy.make_clips(70, seed=1, held_out=True)
+    assert held_out.captions == captions and not set(captions) & set(toy.TRAINED)
+    model = Still()
+    clips = held_out.judge("before", model, ranks)
+    noise = torch.stack([held_out_noise(i) for i in range(70)])
+    assert torch.equal(clips, toy.decode_pixels(noise).clamp(-1, 1)) and len(noise.unique(dim=0)) == 70
+    contexts = torch.cat(model.contexts[::2])                                  # two sampler steps for each context
+    for context, caption in zip(contexts, captions, strict=True):
+        words = toy.encode_text(caption)
+        assert torch.equal(context[:len(words)], words) and not context[len(words):].any()
+
+    # marks are those of the world, of real clips as the codec shows them compared with other real clips
+    real = toy.decode_pixels(toy.encode_pixels(videos))
+    yardstick = toy.decode_pixels(toy.encode_pixels(toy.make_clips(512, seed=2)[1]))
+    assert torch.equal(held_out.real, real) and torch.equal(held_out.yardstick, yardstick)
+    assert held_out.marks == {"before": toy.score(clips, captions, yardstick)}
+
+
+def test_a_picture_shows_of_eight_captions_the_real_clip_those_kept_and_the_present_ones(ranks, tmp_path, monkeypatch):
+    sheets = []
+
+    def remember(clips, upscale, group):
+        sheets.append((torch.stack(clips), group))
+        return b"a sheet"
+
+    monkeypatch.setattr(evaluate, "contact_sheet", remember)
+    held_out = HeldOut(64, Sampler())
+    latents = toy.encode_pixels(torch.rand(64, 3, 8, 32, 32, generator=torch.Generator().manual_seed(0)) - 0.5)
+    before = held_out.mark("before", latents, keep=True)
+    now = held_out.mark("step 3", latents.flip(0))
+    held_out.picture(tmp_path / "step_000003", {"now": now})
+    [(clips, group)] = sheets
+    assert (tmp_path / "step_000003.png").read_bytes() == b"a sheet" and group == 3
+    assert torch.equal(clips.unflatten(0, (8, 3)), torch.stack([held_out.real[:8], before[:8], now[:8]], dim=1))
+
+
+def load_state(base, state):
+    """The model of the files at base with these weights."""
+    model = WanModel(open_wan(base)[0])
+    model.load_state_dict(state)
+    return model
+
+
+def euler_of_two_steps(model, caption, noise):
+    """One clip's latents by the sampler of the run below: two steps, shift 2, guidance 1.5."""
+    x, empty = noise[None], torch.zeros(1, 0, toy.TEXT_DIM)
+    with torch.no_grad():
+        for sigma, sigma_next in ((1.0, 2 / 3), (2 / 3, 0.0)):                 # 2 u / (1 + u) of 1, 1/2 and 0
+            timestep = torch.tensor([1000 * sigma])
+            v, v_empty = model(x, timestep, toy.encode_text(caption)[None]), model(x, timestep, empty)
+            x = x + (sigma_next - sigma) * (v_empty + 1.5 * (v - v_empty))
+    return x[0]
+
+
+def samples_by_caption(folder):
+    return [read_sample(path) for path in sample_files(folder)]
+
+
+def plain_probe(model, folder, sigma):
+    """Errors (2, pairs) of a model on the pairs of a folder, each with its own noise, at this sigma."""
+    errors = []
+    for i, (win, lose) in enumerate(zip(samples_by_caption(folder / "real"), samples_by_caption(folder / "negatives"))):
+        noise = torch.randn(win["latents"].shape, generator=randomness(0, i, "probe"))
+        batch = {"win": win["latents"], "lose": lose["latents"], "noise": noise, "context": win["context"]}
+        batch = {name: value[None] for name, value in batch.items()} | {"sigma": torch.tensor([sigma])}
+        with torch.no_grad():
+            errors.append(torch.stack([textbook_error(model, batch, side)[0][0] for side in ("win", "lose")]))
+    return torch.stack(errors, dim=1)
+
+
+WORLD_RUN = """--loss dpo --beta 40 --data toy --toy_clips 16 --steps 3 --batch_size 4 --learning_rate 3e-3
+    --warmup_steps 1 --ema_decay 0.5 --save_every 1 --keep 9 --seed 4 --sample_every 2 --eval_clips 64 --sample_steps 2
+    --flow_shift 2 --guidance 1.5 --probe_every 2 --min_timestep 200 --max_timestep 900"""
+
+
+def test_a_run_in_the_embedded_world_trains_on_its_captions_and_judges_the_average_on_others(
+        base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    judged, sample_held_out = [], evaluate.sample_held_out
+
+    def remember(*arguments):
+        judged.append(sample_held_out(*arguments))
+        return judged[-1]
+
+    monkeypatch.setattr(evaluate, "sample_held_out", remember)
+    train.main(train.parse_args(["--init", str(base), "--out", "out", *WORLD_RUN.split()]))
+    start = load_file(base / "diffusion_pytorch_model.safetensors")
+    average = {}
+    for step in (1, 2, 3):
+        tensors, read = stored_weights(tmp_path / "out" / f"step_{step:06d}", "ema")
+        average[step] = load_state(base, {name: read(name) for name in tensors})
+    before = load_state(base, start)
+
+    # the data: real clips of trained captions, and what the base makes of the same captions
+    [folder] = (tmp_path / "data").glob("toy_16_*_2steps_guidance1.5_shift2")
+    wins, losers = samples_by_caption(folder / "real"), samples_by_caption(folder / "negatives")
+    captions, videos = toy.make_clips(16, seed=0)
+    assert [win["metadata"]["prompt"] for win in wins] == captions and set(captions) <= set(toy.TRAINED)
+    assert torch.equal(torch.stack([win["latents"] for win in wins]), toy.encode_pixels(videos))
+    for i in (0, 15):
+        noise_seed = seed_of(0, f"{i:05d}", 0)
+        noise = torch.randn(evaluate.SHAPE, generator=torch.Generator().manual_seed(noise_seed))
+        assert torch.allclose(losers[i]["latents"], euler_of_two_steps(before, captions[i], noise), atol=1e-4)
+
+    # clips of held-out captions: by the base, by the average after two steps and by that at the end
+    held_out = toy.make_clips(64, seed=1, held_out=True)[0]
+    for latents, model in zip(judged, (before, average[2], average[3]), strict=True):
+        assert latents.shape == (64, *evaluate.SHAPE)
+        for i in (0, 1, 63):
+            expected = euler_of_two_steps(model, held_out[i], held_out_noise(i))
+            assert torch.allclose(latents[i], expected, atol=1e-4)
+    assert (judged[0] - judged[1]).abs().max() > 0.01 < (judged[1] - judged[2]).abs().max()
+    marks = json.loads((tmp_path / "out" / "samples" / "marks.json").read_text())
+    assert list(marks) == ["before", "step 2", "after"]
+    for row, latents in zip(marks.values(), judged):
+        clips = toy.decode_pixels(latents).clamp(-1, 1)
+        assert row["drift"] == pytest.approx(toy.metrics(clips, held_out)["drift"].mean().item())
+    assert {path.name for path in (tmp_path / "out" / "samples").glob("*.png")} == {"after.png", "step_000002.png"}
+
+    # the probe: other held-out captions, the average after two steps and at the end
+    [folder] = (tmp_path / "data").glob("toy_held_out_16_*_2steps_guidance1.5_shift2")
+    captions, videos = toy.make_clips(16, seed=3, held_out=True)
+    wins = samples_by_caption(folder / "real")
+    assert [win["metadata"]["prompt"] for win in wins] == captions and not set(captions) & set(toy.TRAINED)
+    assert torch.equal(torch.stack([win["latents"] for win in wins]), toy.encode_pixels(videos))
+    rows = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "probe" in row] == [1, 2]
+    sigmas = [0.2875, 0.4625, 0.6375, 0.8125]              # the middles of four parts of 0.2 to 0.9
+    for step in (1, 2):
+        probe = rows[step]["probe"]
+        assert probe["pairs"] == 16 and probe["sigma"] == pytest.approx(sigmas)
+        for k, sigma in enumerate(sigmas):
+            err, ref_err = plain_probe(average[step + 1], folder, sigma), plain_probe(before, folder, sigma)
+            margin = -40 * ((err[0] - ref_err[0]) - (err[1] - ref_err[1]))
+            assert probe["err_win"][k] == pytest.approx(err[0].mean().item(), rel=1e-5)
+            assert probe["err_lose"][k] == pytest.approx(err[1].mean().item(), rel=1e-5)
+            assert probe["ref_err_win"][k] == pytest.approx(ref_err[0].mean().item(), rel=1e-5)
+            assert probe["ref_err_lose"][k] == pytest.approx(ref_err[1].mean().item(), rel=1e-5)
+            assert probe["margin"][k] == pytest.approx(margin.mean().item(), rel=1e-3, abs=1e-3)
+            assert probe["accuracy"][k] == (margin > 0).float().mean()
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -127,6 +296,29 @@ def test_scores_of_a_preference_model_have_an_accuracy_and_no_reference(tmp_path
     assert Probe(dataset, lambda model, batch: torch.zeros(2, len(batch["win"])), model, [0.5], ranks, 8)(model, 1.0)[
         "accuracy"
     ] == [0.5]  # ties count half
+
+
+def test_a_preference_model_is_marked_on_held_out_pairs_by_how_often_it_is_right_at_each_sigma(
+        base, ranks, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    flags = f"--loss preference --data toy --init {base} --out out --eval_clips 64 --sample_steps 1".split()
+    args = train.parse_args(flags)
+    args.out = tmp_path / "out"
+
+    def errors(model, batch):                              # always right below sigma 0.25, always wrong above
+        sign = 1 if batch["sigma"][0] < 0.25 else -1
+        assert len(batch["win"]) == 64
+        return torch.stack([torch.full((64,), sign), torch.zeros(64)])
+
+    model = SimpleNamespace(config=SimpleNamespace(scores=True))
+    evaluate.mark_scores(args, open_wan(base)[0], ranks, errors, model)
+    marks = json.loads((tmp_path / "out" / "samples" / "marks.json").read_text())
+    sigmas = [float(name.removeprefix("sigma ")) for name in marks]
+    assert min(sigmas) == 0.02 and max(sigmas) == 1 and len(sigmas) == 13
+    assert list(marks.values()) == [1.0 if sigma < 0.25 else 0.0 for sigma in sigmas]
+    assert "held-out accuracy: sigma 0.02 1.000" in capsys.readouterr().out
+    [folder] = (tmp_path / "data").glob("toy_held_out_64_*_1steps_guidance1_shift3")
+    assert {win["metadata"]["prompt"] for win in samples_by_caption(folder / "real")} <= set(toy.HELD_OUT)
 
 
 PROBED = ("--hold_back", "5", "--probe_every", "3", "--min_timestep", "200")

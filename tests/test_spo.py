@@ -13,13 +13,14 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import evaluate
 import toy
 import train_spo
 import weights
 from conftest import on_ranks, spo_fails, spo_main
-from data import read_sample, write_sample
+from data import randomness, read_sample, seed_of, write_sample
 from model import CONFIGS, WanModel
-from sample import KERNELS, log_density, step_coefficients, step_distribution, uniform_grid
+from sample import KERNELS, Sampler, generate, log_density, step_coefficients, step_distribution, uniform_grid
 from weights import save_wan
 
 # (sigma, sigma_next)
@@ -654,6 +655,52 @@ def test_what_may_change_on_resume_is_the_list_and_every_name_in_it_is_a_flag():
     decides = """seed kernel eta sample_steps flow_shift guidance unbranched pool threshold beta clip step_weight
         batch_size updates learning_rate weight_decay warmup_steps max_grad_norm ema_decay"""
     assert flags - train_spo.MAY_CHANGE == set(decides.split())
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# what is judged in the embedded world
+
+def plain_roll_out(model, caption, index):
+    """One held-out clip's latents by three steps of ddim (eta 1, shift 3), with the noise of its index."""
+    sigmas = [1.0, 6 / 7, 3 / 5, 0.0]                      # 3 u / (1 + 2 u) of 1, 2/3, 1/3 and 0
+    x = torch.randn(12, 8, 8, 8, generator=randomness("held out", index, "start"))[None]
+    for step in range(3):
+        sigma, sigma_next = sigmas[step], sigmas[step + 1]
+        with torch.no_grad():
+            v = model(x, torch.tensor([1000 * sigma]), toy.encode_text(caption)[None])
+        if sigma_next == 0:
+            return (x - sigma * v)[0]
+        z = torch.randn(12, 8, 8, 8, generator=randomness("held out", index, f"step {step} candidate 0"))
+        mean, std = step_distribution(x, v, sigma, sigma_next, "ddim", 1.0)
+        x = mean + std * z
+
+
+def test_a_run_in_the_embedded_world_judges_the_reference_and_the_average_on_held_out_captions(
+        base, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    marked, mark = [], evaluate.HeldOut.mark
+
+    def remember(held_out, title, latents, keep=False):
+        marked.append((title, held_out.captions, latents))
+        return mark(held_out, title, latents, keep)
+
+    monkeypatch.setattr(evaluate.HeldOut, "mark", remember)
+    flags = f"""--init {base} --out out --steps 1 --batch_size 2 --sample_steps 3 --unbranched 0 --pool 2 --updates 1
+        --threshold 0 --ema_decay 0.5 --learning_rate 1e-2 --warmup_steps 1 --eval_clips 64"""
+    train_spo.main(train_spo.parse_args(flags.split()))
+    captions, _ = toy.make_clips(64, seed=1, held_out=True)
+    assert [title for title, _, _ in marked] == ["before, ddim 1", "before", "after, ddim 1", "after"]
+    sampler = Sampler(steps=3)
+    for which, path in enumerate((base, tmp_path / "out" / "export")):
+        model = weights.load_wan(path, weights.open_wan(base)[0])
+        (_, stochastic_captions, stochastic), (_, euler_captions, euler) = marked[2 * which:2 * which + 2]
+        assert stochastic_captions == euler_captions == captions
+        for i in (0, 5, 63):
+            assert torch.allclose(stochastic[i], plain_roll_out(model, captions[i], i), atol=1e-4)
+            seed, context = seed_of("held out", i), toy.encode_text(captions[i])
+            assert torch.allclose(euler[i], generate(model, [context], [seed], (12, 8, 8, 8), sampler)[0], atol=1e-4)
+    assert (marked[3][2] - marked[1][2]).abs().max() > 0.01
+    assert len(json.loads((tmp_path / "out" / "samples" / "marks.json").read_text())) == 4
 
 
 # ----------------------------------------------------------------------------------------------------------------------
