@@ -1,7 +1,8 @@
 """
-Every objective as train.py runs it, against a plain loop written here in float64: own losses, importance weights,
-AdamW, learning rate, clipping, average and mean over the pairs. Of the trainer's data only order(), draw() and
-randomness() are used, which have tests of their own. Logged rows, final weights and final average are compared.
+Every objective as train.py runs it, and SPO as train_spo.py does, against plain loops written here in float64: own
+losses, importance weights, AdamW, learning rate, clipping, average and mean over the pairs. Nothing of the trainers is
+used, only order(), draw() and randomness() of data.py and the sampler's steps, which have tests of their own. Logged
+rows, final weights and final average are compared.
 """
 import json
 import math
@@ -12,10 +13,11 @@ import torch
 from safetensors.torch import load_file
 
 import train
-from conftest import on_ranks, train_main
+from conftest import on_ranks, spo_main, train_main
 from data import draw, order, randomness
 from fsdp_utils import make_optimizer
 from model import CONFIGS, ScoreHead, WanModel
+from sample import step_coefficients, step_distribution, uniform_grid
 from step_folder import stored_weights
 from weights import open_wan
 
@@ -265,12 +267,12 @@ def plain_row(settings, step, seen, losses, metrics):
 # ------------------------------------------------------------------------------------------------------------------
 # the comparison
 
-def trained(base, data, out, settings, ranks, flags):
-    """The same run by train.py: rows of the log, {name: weight} of the policy, of the average, and what is exported."""
+def trained(main, base, data, out, settings, ranks, flags):
+    """The run by a trainer: rows of the log, {name: weight} of the policy, of the average, and what is exported."""
     argv = ["--init", str(base), "--data", str(data), "--out", str(out), *flags.split()]
     for name, value in vars(settings).items():
-        argv += [f"--{name}", str(value)]
-    on_ranks(ranks, train_main, argv)
+        argv += [f"--{name}", *str(value).split()]
+    on_ranks(ranks, main, argv)
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     states = []
     for part in ("policy", "ema"):
@@ -282,18 +284,18 @@ def trained(base, data, out, settings, ranks, flags):
 def assert_same_rows(rows, expected):
     for row, plain in zip(rows, expected, strict=True):
         for name, value in plain.items():
-            if name == "by_sigma":
+            if isinstance(value, dict):                    # by_sigma, by_step: lists
                 assert row[name].keys() == value.keys(), row["step"]
-                for key, quarters in value.items():
-                    for got, number in zip(row[name][key], quarters, strict=True):
-                        assert is_same(key, got, number, plain), (row["step"], "by_sigma", key)
+                for key, numbers in value.items():
+                    for got, number in zip(row[name][key], numbers, strict=True):
+                        assert is_same(key, got, number, plain), (row["step"], name, key)
             else:
                 assert is_same(name, row[name], value, plain), (row["step"], name, row[name], value)
 
 
 def is_same(name, got, expected, plain):
     """Is a number of a row the plain loop's but for float32? Margins are differences of errors about 3, times beta."""
-    if expected is None or got is None:                    # no pair in this quarter
+    if expected is None or got is None:                    # no pair in this quarter, or at this sampler step
         return got is expected
     slack = 3e-4 * plain["margin_abs"] + 1e-4 if name.startswith("margin") else 3e-6
     return got == pytest.approx(expected, rel=5e-5, abs=slack)
@@ -334,8 +336,9 @@ def test_every_objective_is_compared_with_a_plain_loop():
 def test_a_run_is_the_plain_loop(world, base, tmp_path, name):
     ranks, flags, changes = CASES[name]
     settings = SimpleNamespace(**SETTINGS | changes)
-    rows, policy, average, exported = trained(base, world / "data", tmp_path / "out", settings, ranks, flags)
-    expected, plain_policy, plain_average = plain_run(base, world / "data", settings)
+    data = world / "data"
+    rows, policy, average, exported = trained(train_main, base, data, tmp_path / "out", settings, ranks, flags)
+    expected, plain_policy, plain_average = plain_run(base, data, settings)
     assert_same_rows(rows, expected)
     model, _ = plain_model(base, settings.loss, settings.seed)
     start = model.state_dict()
@@ -352,11 +355,164 @@ def test_a_run_is_the_plain_loop(world, base, tmp_path, name):
 
 def test_from_scratch_a_run_starts_at_the_weights_that_its_seed_draws(world, tmp_path):
     settings = SimpleNamespace(loss="sft", seed=9, steps=1, batch_size=1, learning_rate=1e-12, weight_decay=0.0)
-    _, policy, average, _ = trained("scratch", world / "data", tmp_path / "out", settings, 1, "")
+    _, policy, average, _ = trained(train_main, "scratch", world / "data", tmp_path / "out", settings, 1, "")
     torch.manual_seed(9)
     for name, weight in WanModel(CONFIGS["tiny"]).state_dict().items():
         assert torch.allclose(policy[name], weight, rtol=0, atol=1e-9), name
         assert torch.allclose(average[name], weight, rtol=0, atol=1e-9), name
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# SPO
+
+SPO_SETTINGS = {
+    "seed": 5, "steps": 3, "batch_size": 4, "sample_steps": 6, "flow_shift": 2.5, "unbranched": 0.2, "pool": 3,
+    "threshold": "0.005 0.03", "beta": 30.0, "clip": 0.15, "updates": 2, "learning_rate": 2e-3, "warmup_steps": 3,
+    "weight_decay": 3.0, "max_grad_norm": 1.0, "ema_decay": 0.28}
+SPO_POOLS = range(2, 5)    # of six sampler steps, a fifth (two) without a pool, and the last has none
+
+
+def spo_noise(settings, stream, positions, shape):
+    draws = [torch.randn(shape, generator=randomness(settings.seed, position, stream)) for position in positions]
+    return torch.stack(draws).double()
+
+
+def run_plain(model, x, sigma, context):
+    return model(x, torch.full((len(x),), 1000 * sigma).double(), context)
+
+
+def plain_roll_out(settings, policy, ref, judge, context, positions):
+    """[(sigma, sigma_next, parent, best, worst, scores (B, pool), is a pair (B,))], one for each pool."""
+    shape = (12, 3, 4, 6)
+    sigmas = uniform_grid(settings.sample_steps, settings.flow_shift)
+    thresholds = [float(number) for number in settings.threshold.split()]
+    low, high = thresholds[0], thresholds[-1]              # at sigma 0 and 1
+    x = spo_noise(settings, "start", positions, shape)
+    transitions = []
+    for step in range(settings.sample_steps - 1):
+        sigma, sigma_next = sigmas[step], sigmas[step + 1]
+        mean, std = step_distribution(x, run_plain(policy, x, sigma, context), sigma, sigma_next, *settings.kernel)
+        candidates, scores = [], []
+        for k in range(settings.pool if step in SPO_POOLS else 1):
+            candidate = mean + std * spo_noise(settings, f"step {step} candidate {k}", positions, shape)
+            latents = candidate - sigma_next * run_plain(ref, candidate, sigma_next, context)
+            noise = spo_noise(settings, f"judged at {sigma_next}", positions, shape)
+            scores.append(run_plain(judge, (1 - sigma_next) * latents + sigma_next * noise, sigma_next, context))
+            candidates.append(candidate)
+        scores = torch.stack(scores, dim=1)
+        if step in SPO_POOLS:
+            rows = range(len(positions))
+            best = torch.stack([candidates[scores[row].argmax()][row] for row in rows])
+            worst = torch.stack([candidates[scores[row].argmin()][row] for row in rows])
+            gap = scores.max(dim=1).values - scores.min(dim=1).values
+            is_pair = torch.tanh(gap / 2) > low + (high - low) * sigma_next
+            transitions.append((sigma, sigma_next, x, best, worst, scores, is_pair))
+        generators = [randomness(settings.seed, position, f"step {step} next") for position in positions]
+        following = [torch.randint(len(candidates), (), generator=generator) for generator in generators]
+        x = torch.stack([candidates[k][row] for row, k in enumerate(following)])
+    return transitions
+
+
+def plain_spo(settings, policy, ref, transition, context):
+    """Losses and log-ratios (n,) of the pairs of a transition."""
+    sigma, sigma_next, x, best, worst, _, is_pair = transition
+    x, best, worst, context = x[is_pair], best[is_pair], worst[is_pair], context[is_pair]
+    mean, std = step_distribution(x, run_plain(policy, x, sigma, context), sigma, sigma_next, *settings.kernel)
+    with torch.no_grad():
+        v_ref = run_plain(ref, x, sigma, context)
+        ref_mean, _ = step_distribution(x, v_ref, sigma, sigma_next, *settings.kernel)
+        _, b, _ = step_coefficients(sigma, sigma_next, *settings.kernel)
+    weight = min(std / abs(b), 10.0) if settings.step_weight == "inverse" else 1.0
+    ratios = []
+    for state in (best, worst):
+        squares = (state - ref_mean) ** 2 - (state - mean) ** 2
+        ratios.append(weight * squares.mean(dim=(1, 2, 3, 4)) / (2 * std ** 2))
+    low, high = math.log(1 - settings.clip), math.log(1 + settings.clip)
+    logit = settings.beta * (ratios[0].clamp(low, high) - ratios[1].clamp(low, high))
+    return torch.log(1 + torch.exp(-logit)), ratios
+
+
+def load_plain(folder):
+    model = WanModel(open_wan(folder)[0]).double()
+    model.load_state_dict(load_file(folder / "diffusion_pytorch_model.safetensors"))
+    return model
+
+
+def plain_spo_run(base, data, settings):
+    """Rows of the log, and {name: weight} of the policy and of its average after the last step."""
+    policy, ref, judge = load_plain(base), load_plain(base), load_plain(base.parent / "judge")
+    weights = {name: weight.data for name, weight in policy.named_parameters()}
+    average = {name: weight.clone() for name, weight in weights.items()}
+    optimizer = PlainAdamW(weights, settings.weight_decay, 1e-8 / settings.beta)
+    rows = []
+    for step in range(settings.steps):
+        positions = range(step * settings.batch_size, (step + 1) * settings.batch_size)
+        files = [data / f"{order(settings.seed, position, PAIRS):03d}.safetensors" for position in positions]
+        contexts = [load_file(file)["context"].double() for file in files]
+        context = torch.nn.utils.rnn.pad_sequence(contexts, batch_first=True)
+        with torch.no_grad():
+            transitions = plain_roll_out(settings, policy, ref, judge, context, positions)
+        turns = torch.randperm(len(SPO_POOLS), generator=randomness(settings.seed, step, "updates")).tolist()
+        seen, norms = {}, []
+        for update in range(settings.updates):
+            pools = [pool for pool in turns[update::settings.updates] if transitions[pool][-1].any()]
+            if not pools:
+                continue
+            seen |= {pool: plain_spo(settings, policy, ref, transitions[pool], context) for pool in pools}
+            loss = torch.cat([seen[pool][0] for pool in pools]).mean()
+            gradients = torch.autograd.grad(loss / settings.beta, list(policy.parameters()))
+            norms.append(math.sqrt(sum((gradient ** 2).sum().item() for gradient in gradients)))
+            shrink = min(1.0, settings.max_grad_norm / max(norms[-1], 1e-9))
+            done = settings.updates * step + update
+            learning_rate = settings.learning_rate * min(1, (done + 1) / settings.warmup_steps)
+            optimizer.step({name: shrink * gradient for name, gradient in zip(weights, gradients)}, learning_rate)
+            decay = min(settings.ema_decay, (done + 1) / (done + 10))
+            for name, weight in weights.items():
+                average[name] = decay * average[name] + (1 - decay) * weight
+        rows.append(plain_spo_row(settings, step, transitions, seen) |
+                    {"grad_norm": sum(norms) / len(norms), "updates": len(norms), "lr": learning_rate})
+    return rows, weights, average
+
+
+def plain_spo_row(settings, step, transitions, seen):
+    gaps = [scores.max(dim=1).values - scores.min(dim=1).values for *_, scores, _ in transitions]
+    by_step = {"score": [scores.mean().item() for *_, scores, _ in transitions],
+               "gap": [gap.mean().item() for gap in gaps],
+               "kept": [is_pair.double().mean().item() for *_, is_pair in transitions]}
+    margins = {pool: settings.beta * (ratios[0] - ratios[1]).detach() for pool, (_, ratios) in seen.items()}
+    for name, value in (("margin", lambda margin: margin), ("accuracy", lambda margin: (1 + margin.sign()) / 2)):
+        by_step[name] = [value(margins[k]).mean().item() if k in margins else None for k in range(len(transitions))]
+    row = {name: sum(by_step[name]) / len(transitions) for name in ("score", "gap", "kept")}
+    ratios = [torch.cat([of_pool[side] for _, of_pool in seen.values()]).detach() for side in (0, 1)]
+    limits = (1 - settings.clip, 1 + settings.clip)
+    outside = [((ratio.exp() < limits[0]) | (ratio.exp() > limits[1])).double() for ratio in ratios]
+    margin = settings.beta * (ratios[0] - ratios[1])
+    means = {"loss": torch.cat([loss for loss, _ in seen.values()]), "margin": margin, "margin_abs": margin.abs(),
+             "accuracy": (1 + margin.sign()) / 2, "clipped": (outside[0] + outside[1]) / 2,
+             "ratio_win": ratios[0].exp().clamp(*limits), "ratio_lose": ratios[1].exp().clamp(*limits)}
+    row |= {name: values.mean().item() for name, values in means.items()}
+    return row | {"step": step, "skipped": 0, "score_end": by_step["score"][-1], "by_step": by_step,
+                  "pairs": sum(len(loss) for loss, _ in seen.values())}
+
+
+SPO_CASES = [   # ranks, flags, settings
+    (1, "--grad_accum 2", {"kernel": "ddim", "eta": 0.9, "step_weight": "none"}),
+    (2, "", {"kernel": "dance", "eta": 0.6, "step_weight": "inverse", "threshold": "0.01"})]
+
+
+@pytest.mark.parametrize("ranks, flags, changes", SPO_CASES)
+def test_a_run_of_spo_is_the_plain_loop(world, base, tmp_path, ranks, flags, changes):
+    settings = SimpleNamespace(**SPO_SETTINGS | changes)
+    data = world / "data" / "real"
+    flags += f" --score {base.parent / 'judge'}"
+    rows, policy, average, exported = trained(spo_main, base, data, tmp_path / "out", settings, ranks, flags)
+    settings.kernel = (settings.kernel, settings.eta)
+    expected, plain_policy, plain_average = plain_spo_run(base, data, settings)
+    assert_same_rows(rows, expected)
+    start = load_plain(base).state_dict()
+    assert_same_weights(policy, plain_policy, start)
+    assert_same_weights(average, plain_average, start)
+    assert all(torch.equal(exported[name], weight) for name, weight in average.items())
 
 
 # ------------------------------------------------------------------------------------------------------------------
