@@ -160,8 +160,7 @@ def begin_log(args, start, **facts):
             row = json.loads(line)
             is_before = line.endswith(b"\n") and row["step"] < start
         except (ValueError, TypeError, KeyError):
-            if number < len(lines):
-                print(f"{log}:{number}: not a row of a log; the line is dropped", flush=True)
+            print(f"{log}:{number}: not a row of a log; the line is dropped", flush=True)
             continue
         if is_before:
             rows.append(row)

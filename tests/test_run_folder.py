@@ -21,7 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.distributed.fsdp import fully_shard
 
@@ -136,6 +136,135 @@ def test_on_another_number_of_ranks_a_run_goes_on_to_the_same_numbers_within_1e_
 
 
 # ------------------------------------------------------------------------------------------------------------------
+# what a resumed run may differ in
+
+# Of these each decides the numbers of a run.
+DECIDE = """loss model seed beta r r_scale r_min caption_dropout clip weight_steps threshold tau penalty mu
+    timestep_sampling flow_shift min_timestep max_timestep batch_size learning_rate weight_decay warmup_steps
+    decay_steps max_grad_norm loss_scale ema_decay hold_back toy_clips sample_steps guidance""".split()
+
+
+def another(value):
+    """A value that a flag does not have."""
+    if isinstance(value, bool):
+        return not value
+    return value + 1 if isinstance(value, (int, float)) else f"not {value}"
+
+
+def test_what_may_change_on_resume_is_the_list_and_every_other_flag_is_refused_by_name(tmp_path):
+    args = train.parse_args([])
+    flags = vars(args).keys() - {"defaults"}
+    assert train.MAY_CHANGE <= flags
+    assert flags - train.MAY_CHANGE == {*DECIDE, "steps"}
+    fixed = run_folder.run_settings(args, train.MAY_CHANGE, init="abc", data="24 items, def")
+    assert fixed.keys() == {*DECIDE, "steps", "init", "data"}
+    (tmp_path / "meta.json").write_text(json.dumps(fixed))
+    for name in fixed:
+        run_folder.check_same_run(tmp_path, fixed)
+        words = f"trained with {name} = .*, this run has {name} = .*; resume with the same flags"
+        with pytest.raises(ValueError, match=words):
+            run_folder.check_same_run(tmp_path, fixed | {name: another(fixed[name])})
+    with pytest.raises(ValueError, match="did not record new_flag"):           # new flags are safe by default
+        run_folder.check_same_run(tmp_path, fixed | {"new_flag": 1})
+    for name in train.MAY_CHANGE:
+        setattr(args, name, another(getattr(args, name)))
+    assert run_folder.run_settings(args, train.MAY_CHANGE, init="abc", data="24 items, def") == fixed
+
+
+def resume_fails(flags):
+    with pytest.raises(ValueError) as error:
+        train_main(flags)
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return str(error.value)
+
+
+def test_a_resume_takes_the_same_weights_and_data_elsewhere_and_no_others_and_more_steps_unless_they_decide(
+        world, base, tmp_path):
+    out = tmp_path / "out"
+    shutil.copytree(base, tmp_path / "base")
+    train_main(argv(world, tmp_path / "base", out, "--steps 2"))
+    train_main(argv(world, base, out, "--steps 3 --resume latest"))            # the same weights elsewhere
+    with torch.no_grad():
+        weights = load_file(base / "diffusion_pytorch_model.safetensors")
+        weights["head.head.bias"] += 1e-3
+        save_file(weights, tmp_path / "base" / "diffusion_pytorch_model.safetensors")
+    message = resume_fails(argv(world, tmp_path / "base", out, "--resume latest"))
+    assert "trained with init = " in message and "resume with the same flags" in message
+    assert (out / "latest").read_text() == "step_000003\n" and len(rows(out)) == 3
+
+    train_main(argv(world, base, tmp_path / "decays", "--steps 2 --decay_steps 1"))
+    message = resume_fails(argv(world, base, tmp_path / "decays", "--decay_steps 1 --resume latest"))
+    assert "trained with steps = 2, this run has steps = 4" in message
+
+
+def test_a_save_before_the_first_optimizer_step_holds_the_counts_0_and_a_step_without_a_kept_pair_changes_nothing(
+        world, base, tmp_path):
+    # weights are below 1, so no pair is kept at threshold 1
+    train_main(argv(world, base, tmp_path / "out", "--loss dpo_cm --threshold 1 --steps 2 --save_every 1"))
+    weights = load_file(base / "diffusion_pytorch_model.safetensors")
+    for step in (1, 2):
+        state = everything(tmp_path / "out" / f"step_{step:06d}")
+        counts = [value for name, value in state.items() if name.endswith(".step")]
+        assert len(counts) == len(weights) and not any(counts)
+        moments = [value for name, value in state.items() if ".exp_avg" in name]
+        assert len(moments) == 2 * len(weights) and not any(moment.any() for moment in moments)
+        for part in ("model", "ema"):
+            assert all(torch.equal(state[f"{part}.{name}"], weight) for name, weight in weights.items())
+    assert [(row["kept"], row["skipped"], row["loss"]) for row in rows(tmp_path / "out")] == [(0, 0, 0)] * 2
+
+
+def test_a_run_whose_first_step_was_skipped_resumes_from_there_to_the_same_end(world, base, tmp_path):
+    flags = "--loss dpo --steps 3 --save_every 1"
+    on_ranks(1, poisoned_main, argv(world, base, tmp_path / "out", flags), 0, [0], "gradient")
+    go_back(tmp_path / "out", tmp_path / "cut", 1)
+    on_ranks(1, train_main, argv(world, base, tmp_path / "cut", f"{flags} --resume latest"))
+    same_end(tmp_path / "out", tmp_path / "cut")
+    state = everything(tmp_path / "cut" / "step_000003")
+    assert {value.item() for name, value in state.items() if name.endswith(".step")} == {2}
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# two runs in one folder
+
+def lock_and_wait(out):
+    run_folder.lock_folder(out, start_ranks())
+    (out / "locked").touch()
+    time.sleep(100)
+
+
+def lock_fails(out):
+    """What each rank is told that asks for the lock, and whether a main that raises gives its own lock back."""
+    ranks = start_ranks()
+
+    @run_folder.releases_locks
+    def main():
+        run_folder.lock_folder(out, ranks)
+        raise RuntimeError("a fault of main's own")
+
+    try:
+        main()
+    except (ValueError, RuntimeError) as error:
+        return str(error)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_the_second_run_in_a_folder_is_refused_while_the_first_lives_and_a_kill_releases_it(tmp_path, ranks):
+    out = tmp_path / "out"
+    first = start(1, lock_and_wait, out)
+    until = time.monotonic() + 60
+    while not (out / "locked").exists() and time.monotonic() < until:
+        time.sleep(0.01)
+    for said in on_ranks(ranks, lock_fails, out):
+        assert f"--out {out}: another run is writing to this folder" in said and "another --out" in said
+    assert set(on_ranks(ranks, lock_fails, tmp_path / "other")) == {"a fault of main's own"}
+    first[0].kill()
+    first[0].join()
+    for _ in range(2):                                     # an error of main releases it too
+        assert set(on_ranks(ranks, lock_fails, out)) == {"a fault of main's own"}
+
+
+# ------------------------------------------------------------------------------------------------------------------
 # kills
 
 def tiny_state(ranks):
@@ -244,6 +373,17 @@ def test_a_run_killed_at_random_moments_ends_where_the_run_ends_that_nobody_kill
     names = {path.name for path in out.iterdir()}
     # and the one checkpoint before it
     assert names >= {"config.json", "export", "latest", "log.jsonl", f"step_{steps:06d}"} and len(names) == 6
+
+
+def test_step_folders_are_kept_and_deleted_in_the_order_of_their_numbers(tmp_path):
+    out = tmp_path / "out"
+    on_ranks(1, save_steps, out, 999_998, 1_000_001)       # two are kept; as text step_1000000 is before step_999999
+    assert sorted(path.name for path in out.iterdir()) == ["latest", "step_1000000", "step_1000001"]
+    assert whole(out) == 1_000_001
+    for name in ("step_9", "step_10", "step_notes"):
+        (out / name).mkdir()
+    names = [folder.name for folder in run_folder.step_folders(out)]
+    assert names == ["step_9", "step_10", "step_1000000", "step_1000001"]
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -454,6 +594,28 @@ def test_going_on_from_an_older_step_makes_it_the_latest_so_that_a_kill_does_not
     assert (out / "latest").read_text() == "step_000002\n"
     assert [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()] == [0, 1]
     assert json.loads((out / "config.json").read_text())["ranks"] == 3
+
+
+DAMAGES = {
+    "zeros": b"\0" * 40 + b"\n", "zeros without an end": b"\0" * 40, "half": b'{"step": 2, "loss": 0.6',
+    "two in one": b'{"step": 2, "loss": 0.6931}{"step": 3}\n', "no row": b"[2, 3]\n", "no step": b'{"loss": 0.6931}\n',
+    "no text": b"\xff\xfe\n"}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+@pytest.mark.parametrize("place", [1, 2])
+def test_a_damaged_row_of_the_log_is_named_with_file_and_line_and_does_not_stop_a_resume(
+        tmp_path, capsys, damage, place):
+    lines = [b'{"step": 0, "loss": 0.6931}\n', b'{"step": 1, "loss": 0.6}\n']
+    if place == 1 and not damage.endswith(b"\n"):
+        damage += b"\n"                                    # in the middle; at the end the rest of the row is missing
+    lines.insert(place, damage)
+    log = tmp_path / "log.jsonl"
+    log.write_bytes(b"".join(lines))
+    rows = run_folder.begin_log(SimpleNamespace(out=tmp_path, resume="", defaults={}), 2)
+    assert [row["step"] for row in rows] == [0, 1]
+    assert log.read_bytes() == b'{"step": 0, "loss": 0.6931}\n{"step": 1, "loss": 0.6}\n'
+    assert f"{log}:{place + 1}: not a row of a log" in capsys.readouterr().out
 
 
 # ------------------------------------------------------------------------------------------------------------------
