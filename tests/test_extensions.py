@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import train
-from conftest import SHAPE, argv, main_fails
+from conftest import SHAPE, four_steps, main_fails
 from train import BETA, Flag, Objective
 
 
@@ -40,7 +40,7 @@ def hinge(monkeypatch):
 def test_a_row_of_objectives_is_all_that_a_new_objective_needs(world, base, tmp_path, hinge, backward):
     out = tmp_path / "out"
     flags = f"--loss hinge --beta 25 --width 1.5 --steps 2 --backward {backward}"
-    train.main(train.parse_args(argv(world, base, out, flags)))
+    train.main(train.parse_args(four_steps(world, base, out, flags)))
     first, second = rows_of(out)
     # at margin 0 every pair is inside: c_win = c_lose = beta, brought to 1 by the scale 1 / beta
     assert first["loss"] == 1.5 and first["is_inside"] == 1
@@ -61,9 +61,9 @@ def test_the_flag_of_a_new_objective_is_its_own_and_decides_a_run(world, base, t
         train.parse_args(["--help"])
     assert "margin from which a pair no longer pulls (--loss hinge)" in " ".join(capsys.readouterr().out.split())
     out = tmp_path / "out"
-    train.main(train.parse_args(argv(world, base, out, "--loss hinge --steps 2")))
+    train.main(train.parse_args(four_steps(world, base, out, "--loss hinge --steps 2")))
     with pytest.raises(ValueError, match="trained with width = 2.0, this run has width = 1.0"):
-        train.main(train.parse_args(argv(world, base, out, "--loss hinge --width 1 --resume latest")))
+        train.main(train.parse_args(four_steps(world, base, out, "--loss hinge --width 1 --resume latest")))
     torch.distributed.destroy_process_group()
 
 

@@ -15,7 +15,7 @@ import fsdp_utils
 import ref_cache
 import train
 import train_spo
-from conftest import argv, on_ranks, spo_main, train_main
+from conftest import four_steps, on_ranks, spo_main, train_main
 from fsdp_utils import shard_model, start_ranks
 from model import CONFIGS, WanModel, timestep_embedding
 
@@ -116,7 +116,7 @@ SLOW = [pytest.param(1, f"--loss {loss} {mode}", marks=pytest.mark.slow) for los
 
 @pytest.mark.parametrize("ranks, flags", MODES + SLOW)
 def test_policy_and_reference_start_equal_bit_for_bit_with_bf16_matrices(world, base, tmp_path, ranks, flags):
-    on_ranks(ranks, in_bf16, train_main, argv(world, base, tmp_path / "out", f"{flags} --steps 2"))
+    on_ranks(ranks, in_bf16, train_main, four_steps(world, base, tmp_path / "out", f"{flags} --steps 2"))
     first, second = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
     assert first["margin_abs"] == 0 and first["accuracy"] == 0.5
     assert second["margin_abs"] > 0 and math.isfinite(second["grad_norm"])

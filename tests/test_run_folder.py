@@ -183,25 +183,25 @@ def test_a_resume_takes_the_same_weights_and_data_elsewhere_and_no_others_and_mo
         world, base, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(base, tmp_path / "base")
-    train_main(argv(world, tmp_path / "base", out, "--steps 2"))
-    train_main(argv(world, base, out, "--steps 3 --resume latest"))            # the same weights elsewhere
+    train_main(four_steps(world, tmp_path / "base", out, "--steps 2"))
+    train_main(four_steps(world, base, out, "--steps 3 --resume latest"))            # the same weights elsewhere
     with torch.no_grad():
         weights = load_file(base / "diffusion_pytorch_model.safetensors")
         weights["head.head.bias"] += 1e-3
         save_file(weights, tmp_path / "base" / "diffusion_pytorch_model.safetensors")
-    message = resume_fails(argv(world, tmp_path / "base", out, "--resume latest"))
+    message = resume_fails(four_steps(world, tmp_path / "base", out, "--resume latest"))
     assert "trained with init = " in message and "resume with the same flags" in message
     assert (out / "latest").read_text() == "step_000003\n" and len(rows(out)) == 3
 
-    train_main(argv(world, base, tmp_path / "decays", "--steps 2 --decay_steps 1"))
-    message = resume_fails(argv(world, base, tmp_path / "decays", "--decay_steps 1 --resume latest"))
+    train_main(four_steps(world, base, tmp_path / "decays", "--steps 2 --decay_steps 1"))
+    message = resume_fails(four_steps(world, base, tmp_path / "decays", "--decay_steps 1 --resume latest"))
     assert "trained with steps = 2, this run has steps = 4" in message
 
 
 def test_a_save_before_the_first_optimizer_step_holds_the_counts_0_and_a_step_without_a_kept_pair_changes_nothing(
         world, base, tmp_path):
     # weights are below 1, so no pair is kept at threshold 1
-    train_main(argv(world, base, tmp_path / "out", "--loss dpo_cm --threshold 1 --steps 2 --save_every 1"))
+    train_main(four_steps(world, base, tmp_path / "out", "--loss dpo_cm --threshold 1 --steps 2 --save_every 1"))
     weights = load_file(base / "diffusion_pytorch_model.safetensors")
     for step in (1, 2):
         state = everything(tmp_path / "out" / f"step_{step:06d}")
@@ -216,9 +216,9 @@ def test_a_save_before_the_first_optimizer_step_holds_the_counts_0_and_a_step_wi
 
 def test_a_run_whose_first_step_was_skipped_resumes_from_there_to_the_same_end(world, base, tmp_path):
     flags = "--loss dpo --steps 3 --save_every 1"
-    on_ranks(1, poisoned_main, argv(world, base, tmp_path / "out", flags), 0, [0], "gradient")
+    on_ranks(1, poisoned_main, four_steps(world, base, tmp_path / "out", flags), 0, [0], "gradient")
     go_back(tmp_path / "out", tmp_path / "cut", 1)
-    on_ranks(1, train_main, argv(world, base, tmp_path / "cut", f"{flags} --resume latest"))
+    on_ranks(1, train_main, four_steps(world, base, tmp_path / "cut", f"{flags} --resume latest"))
     same_end(tmp_path / "out", tmp_path / "cut")
     state = everything(tmp_path / "cut" / "step_000003")
     assert {value.item() for name, value in state.items() if name.endswith(".step")} == {2}
