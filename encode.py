@@ -27,18 +27,8 @@ from tqdm import tqdm
 
 import toy
 import wan_encoders
-from data import (
-    EMPTY_CAPTION,
-    fingerprint,
-    read_empty_caption,
-    read_header,
-    read_sample,
-    read_summaries,
-    sample_files,
-    sorted_header,
-    write_sample,
-    write_whole,
-)
+from samples import EMPTY_CAPTION, fingerprint, read_empty_caption, read_header, read_sample, read_summaries
+from samples import sample_files, sorted_header, write_sample, write_whole
 from model import CONFIGS
 from pictures import contact_sheet, mp4
 from tables import read_metadata, stem_of

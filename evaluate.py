@@ -16,17 +16,8 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 import toy
-from data import (
-    PairSet,
-    check_samples,
-    collate,
-    open_data,
-    randomness,
-    seed_of,
-    weights_digest,
-    write_sample,
-    write_whole,
-)
+from data import PairSet, collate, empty_caption, open_data, randomness
+from samples import check_samples, seed_of, weights_digest, write_sample, write_whole
 from fsdp_utils import spread
 from pictures import contact_sheet
 from sample import Sampler, generate, make_negatives, missing_negatives, negative_settings
@@ -110,6 +101,14 @@ def open_captions(args, config, ranks):
     samples = open_data(args.data, pairs=False)
     check_samples(samples.wins, config, together=args.batch_size // (ranks.data_ranks * args.grad_accum))
     return samples
+
+
+def check_empty_caption(args, dataset, config):
+    """ValueError where the empty caption of a Wan model is needed, for dropout or guidance, and not stored."""
+    is_needed = args.caption_dropout > 0 or (args.guidance != 1 and args.sample_every > 0)
+    if is_needed and config.vae != "embedded" and len(empty_caption(dataset, config.text_dim)) == 0:
+        raise ValueError(f"--data {args.data}: no empty_caption.context next to the real samples, which "
+                         "--caption_dropout and --guidance need; run the same encode.py command again, which adds it")
 
 
 def check_toy_model(flag, config):
@@ -216,6 +215,7 @@ class Preview:
 
     def __init__(self, dataset, sampler, count=4):
         self.sampler = sampler
+        self.negative = empty_caption(dataset, dataset[0]["context"].shape[1])
         items = [dataset[i] for i in range(0, len(dataset), math.ceil(len(dataset) / count))]
         # ranks gather them
         self.items = [item for item in items if item["win"].shape == items[0]["win"].shape][:count]
@@ -231,7 +231,8 @@ class Preview:
             conditions = {name: value[None] for name, value in item.items() if name not in NOT_CONDITIONS}
             seed = seed_of("preview", indices[0])
             shape = tuple(item["win"].shape)
-            return generate(model, [item["context"]], [seed], shape, self.sampler, device=ranks.device, **conditions)
+            return generate(model, [item["context"]], [seed], shape, self.sampler, self.negative, device=ranks.device,
+                            **conditions)
         latents = spread(make, len(self.items), ranks, chunk=1)
         if keep:
             self.columns[title] = latents

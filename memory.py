@@ -34,18 +34,32 @@ class MemoryFlags:
         return CHUNK_TOKENS if self.chunk_tokens == -1 else self.chunk_tokens
 
 
+def add_memory_flags(parser):
+    """Add the flags of MemoryFlags to a trainer's parser, and --offload_params."""
+    add = parser.add_argument
+    add("--checkpointing", default="off", choices=["off", "selective", "chunked", "full"],
+        help="what blocks keep for backward, from most to least memory; the rest is recomputed")
+    add("--chunk_tokens", type=int, default=-1,
+        help="tokens that the token-wise parts of a block run on at a time, in the modes chunked and full; 0: all of "
+             "them; -1: 8192")
+    add("--compile", action="store_true", help="torch.compile the blocks")
+    add("--offload_activations", action="store_true", help="what blocks keep for backward waits in CPU memory")
+    add("--offload_params", action="store_true",
+        help="weights, gradients, AdamW's state and the average stay in CPU memory, and AdamW runs there")
+
+
 def check_memory_flags(args):
     """Return the MemoryFlags in a trainer's arguments. Raises ValueError for flags that would do nothing together."""
     mode, size = args.checkpointing, args.chunk_tokens
     if size < -1:
         raise ValueError(f"--chunk_tokens {size}: expected a number of tokens, 0 (no chunks) or -1 ({CHUNK_TOKENS} in "
-                         f"the modes with chunks)")
+                         "the modes with chunks)")
     if size != -1 and mode not in MODES_WITH_CHUNKS:
         raise ValueError(f"--chunk_tokens {size} does nothing with --checkpointing {mode}, which has no chunks; leave "
                          f"it out, or take --checkpointing {' or '.join(MODES_WITH_CHUNKS)}")
     if size == 0 and mode == "chunked":
-        raise ValueError("--chunk_tokens 0 leaves nothing of --checkpointing chunked; give a number of tokens, or take "
-                         "--checkpointing off")
+        raise ValueError("--chunk_tokens 0 leaves nothing of --checkpointing chunked; give a number of tokens, or "
+                         "take --checkpointing off")
     if args.offload_activations and mode == "selective":
         raise ValueError("--offload_activations does nothing with --checkpointing selective, which keeps its tensors "
                          "where saved-tensor hooks cannot move them; take --checkpointing chunked or full")

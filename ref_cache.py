@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from tqdm import tqdm
 
-from data import seed_of, write_whole
+from samples import seed_of, write_whole
 from fsdp_utils import matrix_dtype, positions_of
 
 DECIDE_ERRORS = ("init", "data", "seed", "timestep_sampling", "flow_shift", "min_timestep", "max_timestep")

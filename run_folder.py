@@ -26,7 +26,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from data import write_whole
+from samples import write_whole
 from fsdp_utils import extremes, total
 from step_folder import Planner, Reader
 

@@ -18,8 +18,8 @@ import torch
 from tqdm import tqdm
 
 import toy
-from data import check_samples, fingerprint, read_header, read_sample, read_summaries, sample_files, seed_of
-from data import weights_digest, write_sample
+from samples import check_samples, fingerprint, read_header, read_sample, read_summaries, sample_files, seed_of
+from samples import weights_digest, write_sample
 from losses import add_noise, shift_sigma
 from model import hold_first_frame
 from weights import find_experts, load_wan, locate_weights, open_wan

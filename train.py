@@ -21,12 +21,22 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 import losses
 from curves import Watch
-from data import collate, draw, order, randomness, weights_digest
-from evaluate import audit_report, hold_back, is_toy_data, mark_scores, open_dataset, open_held_out, open_probe
+from data import branch, collate, draw, empty_caption, order, randomness
+from samples import weights_digest
+from evaluate import (
+    audit_report,
+    check_empty_caption,
+    hold_back,
+    is_toy_data,
+    mark_scores,
+    open_dataset,
+    open_held_out,
+    open_probe,
+)
 from fsdp_utils import build_model, clip_gradients, ema_update, exchange_branches, make_optimizer, matrix_dtype
 from fsdp_utils import positions_of, start_ranks
 from losses import add_noise, flow_error, importance_weight, next_sigma, safeguard_coefficient, velocity_target
-from memory import check_memory_flags, memory_gib, memory_plan
+from memory import add_memory_flags, check_memory_flags, memory_gib, memory_plan
 from model import CONFIGS, hold_first_frame
 from ref_cache import RefErrors
 from run_folder import Signals, add_folder_flags, add_up, begin_log, check_common_flags, check_first_margin
@@ -170,14 +180,9 @@ def parse_args(argv):
     add("--replicate", type=int, default=1, help="groups of ranks (nodes) that each hold all weights")
     add("--ref", default="live", choices=["live", "offload", "cached"],
         help="the frozen reference: sharded like the policy, in CPU memory, or scored once before training and dropped")
-    add("--checkpointing", default="off", choices=["off", "selective", "chunked", "full"],
-        help="what blocks keep for backward, from most to least memory (memory.save_memory)")
-    add("--chunk_tokens", type=int, default=-1, help="0: no chunks; -1: what --checkpointing implies")
-    add("--compile", action="store_true", help="torch.compile the blocks")
-    add("--offload_activations", action="store_true", help="keep what backward needs in CPU memory")
-    add("--offload_params", action="store_true", help="keep weights and AdamW's state in CPU memory")
+    add_memory_flags(p)     # --checkpointing --chunk_tokens --compile --offload_activations --offload_params
     # the run's folder
-    add_folder_flags(p, save_every=100)                    # --save_every --keep --save_minutes --resume
+    add_folder_flags(p, save_every=100)     # --save_every --keep --save_minutes --resume
     add("--probe_every", type=int, default=50, help="steps between looks at held-out pairs; 0: never")
     add("--hold_back", type=int, default=0, help="wins kept for the probe, with all their losers")
     add("--log_every", type=int, default=10, help="steps between printed lines; log.jsonl has every step")
@@ -261,7 +266,7 @@ def read_batch(args, dataset, positions, device):
     draws = [draw(args.seed, position, item["win"].shape, *limits) for position, item in zip(positions, items)]
     for position, item in zip(positions, items):
         if torch.rand((), generator=randomness(args.seed, position, "dropout")) < args.caption_dropout:
-            item["context"] = item["context"][:0]
+            item["context"] = empty_caption(dataset, item["context"].shape[1])
     batch = collate(items)
     batch["sigma"] = torch.tensor([sigma for sigma, _ in draws])              # (B,)
     batch["noise"] = torch.stack([noise for _, noise in draws])               # (B, C, F, H, W)
@@ -270,17 +275,6 @@ def read_batch(args, dataset, positions, device):
     for source in dataset.sources:
         batch["counts"][f"sources/{source}"] = sum(item.get("source") == source for item in items)
     return batch
-
-
-def branch(batch, *names):
-    """
-    The model's inputs of one branch ("win" or "lose"), or of several one after the other in one batch, with the same
-    sigma, noise, context and conditions for each.
-    """
-    shared = {name: value for name, value in batch.items() if torch.is_tensor(value) and name not in ("win", "lose")}
-    inputs = {name: torch.cat([value] * len(names)) for name, value in shared.items()}
-    inputs["latents"] = torch.cat([batch[name] for name in names])
-    return inputs
 
 
 def flow_errors(model, inputs):
@@ -448,6 +442,7 @@ def main(args, dataset=None):
     # ---------------- data
     if dataset is None:
         dataset = open_dataset(args, config, ranks, objective.reads_pairs)
+    check_empty_caption(args, dataset, config)
     held_back = None
     if args.hold_back:
         dataset, held_back = hold_back(dataset, args.hold_back)

@@ -24,12 +24,13 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import toy
-from data import collate, order, randomness, weights_digest
+from data import collate, order, randomness
+from samples import weights_digest
 from evaluate import Captions, HeldOut, open_captions, sampler_of
 from fsdp_utils import build_model, clip_gradients, ema_update, make_optimizer, matrix_dtype, positions_of
 from fsdp_utils import spread, start_ranks, total
 from losses import add_noise, spo_loss
-from memory import check_memory_flags, memory_gib, memory_plan
+from memory import add_memory_flags, check_memory_flags, memory_gib, memory_plan
 from run_folder import Signals, add_folder_flags, begin_log, check_common_flags, check_first_margin, report_skipped
 from run_folder import check_folder, check_same_run, describe_run, load_checkpoint, lock_folder, log_row
 from run_folder import releases_locks, run_settings
@@ -84,14 +85,9 @@ def parse_args(argv):
     # memory and ranks
     p.add_argument("--cp_size", type=int, default=1, help="ranks that share the tokens of each video")
     p.add_argument("--ref", default="live", choices=["live", "offload"], help="offload: reference and judge on the CPU")
-    p.add_argument("--checkpointing", default="off", choices=["off", "selective", "chunked", "full"],
-                   help="how little blocks keep for backward, from most to least memory (memory.py)")
-    p.add_argument("--chunk_tokens", type=int, default=-1, help="0: no chunks; -1: what --checkpointing implies")
-    p.add_argument("--compile", action="store_true", help="torch.compile the blocks")
-    p.add_argument("--offload_activations", action="store_true", help="keep what backward needs in CPU memory")
-    p.add_argument("--offload_params", action="store_true", help="keep weights and AdamW's state in CPU memory")
+    add_memory_flags(p)     # --checkpointing --chunk_tokens --compile --offload_activations --offload_params
     # the run's folder
-    add_folder_flags(p, save_every=10)                     # --save_every --keep --save_minutes --resume
+    add_folder_flags(p, save_every=10)      # --save_every --keep --save_minutes --resume
     # the embedded world
     p.add_argument("--eval_clips", type=int, default=256, help="held-out captions evaluated, 64 or more; 0: none")
     return p.parse_args(argv)

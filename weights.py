@@ -453,7 +453,7 @@ def open_source(source, which="auto"):
 
 def find_base(source):
     """The weights that the run of a step folder started from, or "" where they are not known or have changed."""
-    from data import weights_digest
+    from samples import weights_digest
     try:
         path = locate_weights(read_json(source.absolute().parent / "config.json")["init"])
         digest = read_json(source / "meta.json")["init"]

@@ -28,7 +28,7 @@ from torch import nn
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from data import write_sample
+from samples import write_sample
 from model import CONFIGS, WanModel
 from weights import save_wan
 from dry_run import conditions, extrapolate, step_args, token_count

@@ -18,7 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import toy
-from data import seed_of, write_whole
+from samples import seed_of, write_whole
 from evaluate import SHAPE, Captions
 from pictures import contact_sheet
 from report import spread, table_row

@@ -24,7 +24,7 @@ from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-from data import write_sample, write_whole
+from samples import write_sample, write_whole
 from model import CONFIGS, WanModel
 from weights import save_wan
 

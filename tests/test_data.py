@@ -12,23 +12,10 @@ import torch
 from safetensors.torch import save_file
 
 import data
+import samples
 from conftest import write_png
-from data import (
-    PairSet,
-    SampleSet,
-    check_samples,
-    collate,
-    draw,
-    fingerprint,
-    open_data,
-    order,
-    pairs_by_stem,
-    pairs_from_jsonl,
-    randomness,
-    read_header,
-    read_sample,
-    write_sample,
-)
+from data import PairSet, SampleSet, collate, draw, open_data, order, pairs_by_stem, pairs_from_jsonl, randomness
+from samples import check_samples, fingerprint, read_header, read_sample, write_sample
 from model import WanConfig
 
 
@@ -71,7 +58,7 @@ def test_an_interrupted_write_leaves_what_was_there_and_nothing_else(tmp_path, m
     path = sample(tmp_path / "a.safetensors", value=1.0)
     def interrupt(*args):
         raise KeyboardInterrupt
-    monkeypatch.setattr(data.os, moment, interrupt)
+    monkeypatch.setattr(samples.os, moment, interrupt)
     for name in ("a.safetensors", "b.safetensors"):
         with pytest.raises(KeyboardInterrupt):
             sample(tmp_path / name, value=2.0)
@@ -91,7 +78,7 @@ def test_a_sample_has_its_name_only_once_it_is_whole(tmp_path, monkeypatch):
             )
         )
         os.rename(source, target)
-    monkeypatch.setattr(data.os, "replace", look)
+    monkeypatch.setattr(samples.os, "replace", look)
     sample(tmp_path / "a.safetensors")
     assert seen == [(True, ".", False, 2)]   # same folder, hidden, target absent, content complete
 

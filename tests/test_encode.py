@@ -10,7 +10,7 @@ av = pytest.importorskip("av", reason="real video needs PyAV: pip install -r req
 import encode
 import toy
 from conftest import write_video
-from data import fingerprint, read_empty_caption, read_sample, sample_files, write_sample
+from samples import fingerprint, read_empty_caption, read_sample, sample_files, write_sample
 from encode import check_clip, clip_starts, main, parse_args
 from make_videos import VIDEOS, folder_of, moving_square, numbered_video, psnr, read_all, refusal
 from model import CONFIGS

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 import evaluate
 import toy
 import train
-from data import open_data, randomness, read_sample, sample_files, seed_of, write_sample
+from data import open_data, randomness
+from samples import read_sample, sample_files, seed_of, write_sample
 from evaluate import HeldOut, Probe, audit, audit_report, auc, best_threshold, hold_back, sigma_steps, statistics
 from fsdp_utils import start_ranks
 from model import WanModel

@@ -19,7 +19,8 @@ from safetensors.torch import save
 
 import encode
 import step_folder
-from data import open_data, read_header, read_sample, write_sample
+from data import open_data
+from samples import read_header, read_sample, write_sample
 from ref_cache import open_errors
 from conftest import ROOT
 

@@ -16,7 +16,7 @@ from conftest import write_video
 import sample
 import train
 import weights
-from data import read_sample
+from samples import read_sample
 from model import CONFIGS
 from weights import load_wan, open_wan
 from make_pipelines import PROMPTS, make_pipeline

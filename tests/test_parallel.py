@@ -19,13 +19,14 @@ import memory
 import toy
 import train
 from conftest import main_fails, on_ranks, pair_loss, run, same_run, textbook_error, train_main
-from data import open_data, read_sample
+from data import open_data
 from evaluate import sample_held_out, sampler_of
 from experiments import variants
 from fsdp_utils import ContextParallel, build_model, start_ranks
 from memory import MemoryFlags, check_memory_flags, save_memory
 from model import CONFIGS, WanModel
 from ref_cache import open_errors, score_reference
+from samples import read_sample
 from weights import save_wan
 
 CONFIG = dataclasses.replace(CONFIGS["tiny"], dim=32, ffn_dim=64, num_layers=2)

@@ -6,7 +6,7 @@ import torch
 av = pytest.importorskip("av", reason="real video needs PyAV: pip install -r requirements-video.txt")
 
 from conftest import write_video
-from data import write_whole
+from samples import write_whole
 from make_videos import refusal
 from pictures import contact_sheet
 

@@ -18,7 +18,7 @@ from PIL import Image
 import encode
 import sample
 from conftest import write_png
-from data import read_sample
+from samples import read_sample
 from make_pipelines import CASES, NEGATIVE, PROMPTS, make_pipeline
 
 STEPS, FRAMES = 4, 5

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from conftest import SHAPE, main_fails, run, spo_fails
-from data import write_sample
+from samples import write_sample
 from model import CONFIGS, ScoreHead
 from weights import load_wan, open_wan, save_wan
 

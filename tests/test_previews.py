@@ -3,11 +3,12 @@ import torch
 
 import weights
 from conftest import SHAPE, main_fails, run
-from data import open_data, read_sample, sample_files, write_sample
+from data import open_data
+from samples import read_sample, sample_files, write_sample
 from model import CONFIGS
 from weights import load_wan
 from sample import Sampler, generate
-from data import seed_of
+from samples import seed_of
 from evaluate import Preview
 
 

@@ -25,12 +25,13 @@ from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 from torch.distributed.fsdp import fully_shard
 
-import data
+import samples
 import run_folder
 import train
 import step_folder
 import train_spo
-from data import open_data, order, read_sample
+from data import open_data, order
+from samples import read_sample
 from fsdp_utils import start_ranks
 from run_folder import append_row, check_folder, find_checkpoint, load_checkpoint, save_checkpoint
 from step_folder import stored_weights
@@ -692,13 +693,13 @@ def test_ten_skipped_steps_in_a_row_stop_every_rank_and_name_the_pairs(world, ba
 
 def blind_main(flags, rank, path):
     """train.main; this one rank alone cannot read the file at path."""
-    read = data.read_sample
+    read = samples.read_sample
     if int(os.environ["RANK"]) == rank:
-        data.read_sample = lambda file: read(file if file != path else file.with_name("gone"))
+        samples.read_sample = lambda file: read(file if file != path else file.with_name("gone"))
     try:
         train_main(flags)
     finally:
-        data.read_sample = read
+        samples.read_sample = read
 
 
 @pytest.mark.slow

@@ -17,7 +17,8 @@ import pytest
 import torch
 
 import train
-from data import open_data, read_sample, sample_files, write_sample
+from data import open_data
+from samples import read_sample, sample_files, write_sample
 from fsdp_utils import start_ranks
 from model import CONFIGS, WanModel
 from weights import load_wan, save_wan

@@ -12,7 +12,8 @@ import torch
 
 import sample
 import toy
-from data import open_data, read_sample, write_sample
+from data import open_data
+from samples import read_sample, write_sample
 from model import CONFIGS, WanModel
 from sample import Sampler
 from weights import save_wan

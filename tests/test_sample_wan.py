@@ -8,7 +8,8 @@ import torch
 import wan_encoders
 import sample
 from conftest import write_png
-from data import open_data, read_sample, write_sample
+from data import open_data
+from samples import read_sample, write_sample
 from model import WanConfig, WanModel
 from weights import load_wan, open_wan, save_wan
 

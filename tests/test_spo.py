@@ -18,7 +18,8 @@ import toy
 import train_spo
 import weights
 from conftest import on_ranks, spo_fails, spo_main
-from data import randomness, read_sample, seed_of, write_sample
+from data import randomness
+from samples import read_sample, seed_of, write_sample
 from model import CONFIGS, WanModel
 from sample import KERNELS, Sampler, generate, log_density, step_coefficients, step_distribution, uniform_grid
 from weights import save_wan

@@ -9,10 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import data
+import samples
 import train
 from conftest import SHAPE, main_fails, one_step, pair_loss, run, same_run, textbook_error, train_main
-from data import draw, open_data, order, read_sample, write_sample
+from data import draw, open_data, order
+from samples import read_sample, write_sample
 from model import CONFIGS, WanModel
 from weights import load_wan, save_wan
 
@@ -220,17 +221,17 @@ def test_bad_data_is_named_before_training_and_nothing_is_written(world, tmp_pat
 
 
 def test_a_nan_in_a_sample_names_its_file_and_keeps_the_checkpoint(world, tmp_path, monkeypatch):
-    position, read_sample = order(0, 8, 24), data.read_sample                   # read in step 1, not in step 0
+    position, read_sample = order(0, 8, 24), samples.read_sample                   # read in step 1, not in step 0
     path = open_data(world / "data", pairs=True).pairs[position][0]
 
     def damaged(file):
         if Path(file) == path and (tmp_path / "out" / "latest").exists():       # it goes bad in the course of the run
             bad = load_file(path)
             bad["latents"][0, 0, 0, 0] = float("nan")
-            data.check_tensors(file, bad)
+            samples.check_tensors(file, bad)
         return read_sample(file)
 
-    monkeypatch.setattr(data, "read_sample", damaged)
+    monkeypatch.setattr(samples, "read_sample", damaged)
     flags = ("--batch_size", "8", "--steps", "2", "--save_every", "1", "--probe_every", "0")
     with pytest.raises(ValueError, match=path.name + ".*latents has 1 of .* NaN"):
         train_main(one_step(world, tmp_path / "out", *flags))

@@ -6,7 +6,8 @@ from safetensors.torch import load_file, save_file
 
 import train
 from benchmarks import load_memory
-from data import draw, open_data, write_sample
+from data import draw, open_data
+from samples import write_sample
 from make_golden import CASES
 from conftest import pair_loss, POOLS, main_fails, run, same_run, textbook_error
 from model import WanConfig, WanModel

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 
 import wan_encoders
-from data import fingerprint, read_empty_caption, read_sample, write_sample
+from samples import fingerprint, read_empty_caption, read_sample, write_sample
 from wan_encoders import LATENTS, open_encoders
 from conftest import write_video
 from make_videos import read_all
