@@ -94,6 +94,14 @@ def film_stream(container, path):
     return best if best in films else films[0]
 
 
+def demux(container, stream, path):
+    """Yields the packets of a stream."""
+    try:
+        yield from container.demux(stream)
+    except IndexError:                                                # PyAV: a stream that the file did not begin with
+        raise DamagedVideo(f"{path}: a stream begins in the middle of it; {REPAIR}") from None
+
+
 def look_at(path):
     """The Film in a file. All packets are read, only the first picture is decoded."""
     import av
@@ -120,11 +128,13 @@ class Packets(NamedTuple):
 
 def read_packets(container, stream, path):
     """Read all packets and decode the first picture. Raises DamagedVideo where time starts again."""
+    if stream.codec_context is None:
+        raise ValueError(f"{path}: its codec is not known to PyAV; convert it, or take it out of --videos")
     codec = stream.codec_context.codec.canonical_name
     first = skip = corrupt = None
     times = []
     newest = latest = None                                            # largest pts, last dts of the packets before
-    for number, packet in enumerate(container.demux(stream)):
+    for number, packet in enumerate(demux(container, stream, path)):
         if skip is None and packet.is_keyframe:
             skip = number
         if skip is not None and first is None:
@@ -271,12 +281,15 @@ def on_show(film, fps):
     """
     The stamp of the picture on show at 0, 1 / fps, 2 / fps, ... seconds from the first picture to the end of the film.
 
-    fps: a Fraction, the constant rate to resample to.
+    fps: a Fraction, the rate to resample to. Raises DamagedVideo for a thousand times more frames than pictures.
     """
     slack = stamp_slack(film)
     step = 1 / (fps * film.tick)                                      # in ticks
     first = film.stamps[0]
     count = max(1, ceil((film.end - first - slack) / step))
+    if count > 1000 * len(film.stamps):
+        raise DamagedVideo(f"{film.path} has {len(film.stamps)} frames in {film.at(film.end)}; "
+                           "its time stamps are broken")
     picks = []
     index = 0
     for k in range(count):
@@ -302,7 +315,7 @@ def decode_frames(film, threads="AUTO"):
         with open_video(film.path) as container:
             stream = film_stream(container, film.path)
             stream.thread_type = threads
-            for number, packet in enumerate(container.demux(stream)):
+            for number, packet in enumerate(demux(container, stream, film.path)):
                 if number < film.skip:
                     continue
                 for frame in packet.decode():
