@@ -96,6 +96,7 @@ class Plan:
     clips_of: dict = field(default_factory=dict)                      # video: file names of all its samples
     damaged: dict = field(default_factory=dict)                       # video: why it is left out
     notes: dict = field(default_factory=dict)                         # words on pictures: videos
+    named: set = field(default_factory=set)                           # samples that no row asks for, already told
 
     def asked(self):
         """Names of the sample files that this run asks for."""
@@ -222,8 +223,9 @@ def unasked_samples(plan, out, prune):
     """Name the samples in --out that no row asks for, or delete them."""
     if not Path(out).is_dir():
         return
-    asked = plan.asked()
+    asked = plan.asked() | plan.named
     unasked = [path for path in sorted(Path(out).glob("[!.]*.safetensors")) if path.name not in asked]
+    plan.named.update(path.name for path in unasked)
     if unasked and prune:
         for path in unasked:
             path.unlink()
@@ -304,7 +306,6 @@ def encode_folder(args):
     if plan.jobs or plan.done:
         store_empty_caption(args, codecs)
     written = 0
-    left_out = len(plan.damaged)
     with tqdm(total=sum(len(job.clips) for job in plan.jobs), desc="encoding", unit="clip", disable=None) as progress:
         for job in plan.jobs:
             try:
@@ -315,8 +316,7 @@ def encode_folder(args):
                     raise
                 plan.damaged[job.film.path] = str(error)
     print(f"{args.out}: {written} samples written, {plan.done} were there already")
-    if len(plan.damaged) > left_out:                                  # samples of an earlier video of the same name
-        unasked_samples(plan, args.out, args.prune)
+    unasked_samples(plan, args.out, args.prune)                       # now also those of damaged videos
     if plan.damaged:
         print(f"{len(plan.damaged)} damaged videos are left out:")
         for reason in plan.damaged.values():

@@ -39,7 +39,10 @@ def numbered_video(path, count=30, fps=8, codec="h264", options=None, stamps=Non
 
     durations: {stamp: duration} for the container; setup(stream) is called before encoding.
     """
-    options = options if options is not None else (X264 if codec == "h264" else {})
+    if options is None:
+        options = X264 if codec == "h264" else {}
+    if codec in ("h264", "libx265"):
+        options = {"crf": "10"} | options            # levels must come back
     with av.open(str(path), "w", options=container_options or {}) as container:
         stream = container.add_stream(codec, rate=fps, options=options)
         stream.height, stream.width = size
