@@ -326,6 +326,7 @@ def test_samples_of_a_video_that_is_damaged_now_are_named_and_pruned(tmp_path, c
     noise = torch.rand(3, 32, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
     write_video(folder / "b.mp4", noise, 8)
     spoil(folder / "b.mp4")
+    capsys.readouterr()
     run(*flags)
     said = capsys.readouterr().out.split("samples written")
     assert "4 samples that no row asks for: b_000032" in said[0]  # the new video is shorter
