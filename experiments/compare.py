@@ -4,7 +4,7 @@ SPO, Reg-DPO and the base in the embedded world, by exact marks: two samplers, o
     python experiments/run.py losses --settings dpo regdpo                 # exports in out/experiments
     python experiments/run.py spo --settings judge --seeds 0
     python experiments/run.py spo --settings exact judged regdpo_equal dpo_equal
-    python experiments/compare.py                                          # marks.json, docs/spo.md and two pictures
+    python experiments/compare.py        # marks.json, the table of all marks in docs/SPO.md, two pictures
 
 Models that experiments/logs/spo/marks.json already holds are not sampled again. ddim, 10 steps with eta 1, is the
 sampler whose steps SPO trained here; euler, 20 steps, is the one that train.py shows.
@@ -13,17 +13,18 @@ import json
 import sys
 from pathlib import Path
 
+import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import toy
-from samples import seed_of, write_whole
 from evaluate import SHAPE, Captions
-from pictures import contact_sheet
-from report import spread, table_row
+from pictures import to_rgb
+from report import plt, spread, table_row, write
 from run import value_of
 from sample import Sampler, generate
+from samples import seed_of
 from train_spo import make_batch, parse_args, preference_score, roll_out
 from weights import load_wan
 
@@ -104,15 +105,37 @@ def table(marks):
     return text + "| real clips | | | " + " | ".join(f"{marks['real clips'][key]:.3f}" for key in MARKS) + " | | | |\n"
 
 
-def draw_sheet(path, models, captions, real, sampler):
-    """Six captions: the real clip, then each model's, with the same noise. Models that are missing are left out."""
-    shown = range(6)
-    rows = [real]
-    for model in models:
-        if model.exists():
-            rows.append(make_clips(load_wan(model).eval(), captions, shown, sampler))
-    clips = [row[i] for i in shown for row in rows]
-    write_whole(path, contact_sheet(clips, upscale=3, group=len(rows)))
+def draw_sheet(path, rows, captions):
+    """
+    Write a picture of rows {title: clips (n, 3, F, H, W)}: for each caption all frames of its clip in every row, a
+    title next to each.
+    """
+    figure, axes = plt.subplots(-(-len(captions) // 2), 2, figsize=(11, 8.6))
+    for i, (axis, caption) in enumerate(zip(axes.flat, captions)):
+        strips = []
+        for clips in rows.values():
+            frames = np.pad(to_rgb(clips[i]), ((0, 0), (1, 1), (1, 1), (0, 0)), constant_values=255)
+            strips.append(np.concatenate(list(frames), axis=1))                # (H, F * W, 3)
+        height = len(strips[0])
+        axis.imshow(np.concatenate(strips), interpolation="nearest")
+        axis.set_yticks([height * (row + 0.5) for row in range(len(rows))], list(rows), fontsize=9)
+        axis.set_xticks([])
+        axis.tick_params(length=0)
+        axis.set_title(caption, fontsize=9)
+        for spine in axis.spines.values():
+            spine.set_visible(False)
+    figure.tight_layout()
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def shown_clips(models, captions, real, sampler):
+    """{title: clips of the first six captions}: the real ones, then each model's with the same noise."""
+    rows = {"real": real[:6]}
+    for title, model in models.items():
+        if model.exists():                                                     # a model that is missing is left out
+            rows[title] = make_clips(load_wan(model).eval(), captions, range(6), sampler)
+    return rows
 
 
 def main():
@@ -136,13 +159,15 @@ def main():
             marks[name]["ddim"]["judge"] = judged(model, judge, base, captions[:64])
             file.write_text(json.dumps(marks, indent=1))
             print(name, marks[name], flush=True)
-    (DOCS / "spo.md").write_text(table(marks))
+    write(DOCS / "SPO.md", {"marks": table(marks)})
 
-    exports = [models[name] for name in ("base", "regdpo_0", "exact_0", "judged_0") if name in models]
-    draw_sheet(DOCS / "spo.png", exports, captions, real, "ddim")
-    exports = [ROOT / "toy_base", OUT / "losses" / "dpo_0" / "export", OUT / "losses" / "regdpo_0" / "export"]
-    draw_sheet(DOCS / "real_base_dpo_regdpo.png", exports, captions, real, "euler")
-    print(table(marks) + "written to docs/spo.md, docs/spo.png and docs/real_base_dpo_regdpo.png")
+    exports = {"base": "base", "Reg-DPO": "regdpo_0", "SPO, exact": "exact_0", "SPO, judged": "judged_0"}
+    exports = {title: models[name] for title, name in exports.items() if name in models}
+    draw_sheet(DOCS / "spo.png", shown_clips(exports, captions, real, "ddim"), captions[:6])
+    exports = {"base": ROOT / "toy_base", "DPO": OUT / "losses" / "dpo_0" / "export",
+               "Reg-DPO": OUT / "losses" / "regdpo_0" / "export"}
+    draw_sheet(DOCS / "real_base_dpo_regdpo.png", shown_clips(exports, captions, real, "euler"), captions[:6])
+    print(table(marks) + "written to docs/SPO.md, docs/spo.png and docs/real_base_dpo_regdpo.png")
 
 
 if __name__ == "__main__":
