@@ -1,5 +1,5 @@
 """
-Every table of docs/RESULTS.md and every figure it shows, and the first table of README.md, from experiments/logs.
+Every table of docs/RESULTS.md and every figure it shows, and README.md's table of results, from experiments/logs.
 
     python experiments/report.py          # rewrites the tables, and docs/results_*.png   (needs matplotlib)
 
@@ -197,19 +197,6 @@ def plot_weights(losses, sweep, path):
 # ----------------------------------------------------------------------------------------------------------------------
 # pages
 
-def objectives(losses, strong, sweep):
-    """The runs of README's table."""
-    titles = {"SFT": "sft", "DPO": "dpo", "Reg-DPO, r = dgr (the default)": "regdpo",
-              "Reg-DPO, r = dgr / 5": "regdpo_r_scale_0.2"}
-    relatives = {"Diffusion-SDPO": "diffusion_sdpo", "DPO-C&M": "dpo_cm", "SDPO": "sdpo", "DPOP": "dpop", "IPO": "ipo"}
-    runs = {title: losses[name] for title, name in titles.items()}
-    runs["Reg-DPO, r = 3.75"] = sweep["r3.75"]
-    runs |= {title: losses[name] for title, name in relatives.items()}
-    runs["DPO, beta 1000, learning rate 5e-4"] = strong["dpo"]
-    runs["Reg-DPO, beta 1000, learning rate 5e-4"] = strong["regdpo"]
-    return runs
-
-
 def main():
     runs = {name: read(name) for name in EXPERIMENTS}
     losses, strong, beta = runs["losses"], runs["beta1000"], runs["beta"]
@@ -217,7 +204,8 @@ def main():
     r_1000 = runs["r1000"] | {"r = 500": strong["regdpo_r500"], "r = dgr / 5": strong["regdpo_r_scale_0.2"],
                               "r = dgr": strong["regdpo"]}
     pairs = {"as in the main table": losses["regdpo"]} | runs["pairs"]
-    write(ROOT / "README.md", {"objectives": table(objectives(losses, strong, runs["r"]))})
+    in_short = {title: losses[name] for title, name in (("SFT", "sft"), ("DPO", "dpo"), ("Reg-DPO", "regdpo"))}
+    write(ROOT / "README.md", {"objectives": table(in_short)})
     write(ROOT / "docs" / "RESULTS.md", {
         "losses": table(losses), "beta300": table(runs["beta300"]), "beta1000": table(strong),
         "r": table(r), "r1000": table(r_1000), "beta dpo": grid(beta, "dpo"), "beta regdpo": grid(beta, "regdpo"),

@@ -16,7 +16,8 @@ from conftest import ROOT
 TOP = sorted(path.name for path in ROOT.glob("*.py"))
 PYTHON = TOP + sorted(str(path.relative_to(ROOT)) for folder in ("tests", "benchmarks", "experiments")
                       for path in (ROOT / folder).glob("*.py"))
-PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
+PAGES = ["README.md", "NOTES.md", "toy_base/README.md",
+         *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
 
 # File: which of our files it may import; those after "inside" inside functions only.
 MACHINERY = "losses model data samples sample memory fsdp_utils weights lora run_folder evaluate curves pictures toy"
@@ -59,7 +60,7 @@ WIDE = [
     "tests/test_dry_run.py",
 ]
 LONG = ["train.py"]
-STALE = ["README.md"]
+STALE = []
 
 
 def cases(names, exceptions):
@@ -134,6 +135,30 @@ def test_no_file_at_the_top_level_is_over_560_lines(name):
     assert len((ROOT / name).read_text().splitlines()) <= 560
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_prose_on_pages_is_at_most_100_columns(page):
+    wide, is_code = [], False
+    for number, line in enumerate((ROOT / page).read_text().splitlines(), start=1):
+        if line.startswith("```"):
+            is_code = not is_code
+        may_be_wide = is_code or re.match(r"\||!\[|<!--", line)                 # tables, pictures and comments are
+        if len(line) > 100 and not may_be_wide:
+            wide.append(number)
+    assert wide == []
+
+
+def test_the_readme_is_at_most_170_lines_and_12_kb():
+    content = (ROOT / "README.md").read_bytes()
+    assert len(content.splitlines()) <= 170 and len(content) <= 12_000
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_pictures_on_pages_exist(page):
+    folder = (ROOT / page).parent
+    for target in re.findall(r"\]\(([^)#]+)[^)]*\)", (ROOT / page).read_text()):
+        assert target.startswith("https://") or (folder / target).exists(), f"{page} links to {target}"
+
+
 @pytest.mark.parametrize("name", [name for name in PYTHON if name != "tests/test_layout.py"])
 def test_the_words_are_win_and_lose(name):
     assert re.findall(r"\b(?:chosen|rejected|model_pred)\b", (ROOT / name).read_text()) == []
@@ -183,6 +208,9 @@ def test_a_file_that_people_copy_works_alone_in_an_empty_folder(name, tmp_path):
 # ----------------------------------------------------------------------------------------------------------------------
 # flags shown in README and docs
 
+PASSES_ON = {"benchmarks/bench.py": ["train.py"]}         # scripts that take the flags of others as well
+
+
 @lru_cache
 def parser_of(script):
     """The argparse parser that a script of ours uses for its command line, or None for a script without one."""
@@ -225,8 +253,9 @@ def commands(page):
 def test_every_command_on_a_page_has_a_script_and_flags_that_exist(page):
     for script, words in commands(page):
         assert (ROOT / script).is_file(), f"{page} runs {script}, which does not exist"
-        parser = parser_of(script)
-        actions = parser._option_string_actions if parser else {}
+        actions = {}
+        for parser in map(parser_of, (script, *PASSES_ON.get(script, ()))):
+            actions |= parser._option_string_actions if parser else {}
         for i, word in enumerate(words):
             if not word.startswith("--"):
                 continue
