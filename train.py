@@ -19,29 +19,18 @@ import torch
 import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
+import evaluate
 import losses
+import run_folder
 from curves import Watch
 from data import branch, collate, draw, empty_caption, order, randomness
-from samples import weights_digest
-from evaluate import (
-    audit_report,
-    check_empty_caption,
-    hold_back,
-    is_toy_data,
-    mark_scores,
-    open_dataset,
-    open_held_out,
-    open_probe,
-)
 from fsdp_utils import build_model, clip_gradients, ema_update, exchange_branches, make_optimizer, matrix_dtype
 from fsdp_utils import positions_of, start_ranks
 from losses import add_noise, flow_error, importance_weight, next_sigma, safeguard_coefficient, velocity_target
 from memory import add_memory_flags, check_memory_flags, memory_gib, memory_plan
 from model import CONFIGS, hold_first_frame
 from ref_cache import RefErrors
-from run_folder import Signals, add_folder_flags, add_up, begin_log, check_common_flags, check_first_margin
-from run_folder import check_folder, check_same_run, describe_run, diagnostics, load_checkpoint, lock_folder, log_row
-from run_folder import read_items, releases_locks, report_skipped, run_settings, summarise
+from samples import weights_digest
 from weights import check_timesteps, export_weights, find_model, locate_weights, refuse_lone_expert
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -79,9 +68,8 @@ class Objective:
 
 
 def number_or_dgr(text):
-    """None for "dgr", as losses.regdpo_loss has it."""
     try:
-        return None if text == "dgr" else float(text)
+        return None if text == "dgr" else float(text)      # None: as losses.regdpo_loss has it
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: expected 'dgr' or a number") from None
 
@@ -132,8 +120,7 @@ OBJECTIVES = {
         scale=lambda args: 1.0, needs_ref=False, trains_scores=True),
 }
 
-# What may differ from the run that is resumed; all else must not, and --init and --data must hold the same contents.
-# --steps may too, unless the learning rate falls towards the last one.
+# What may differ from the run that is resumed, and --steps where nothing decays; --init and --data by name alone.
 MAY_CHANGE = {
     "out", "resume", "init", "data", "grad_accum", "bad_samples", "backward", "cp_size", "replicate", "ref",
     "checkpointing", "chunk_tokens", "compile", "offload_activations", "offload_params", "save_every", "keep",
@@ -182,7 +169,7 @@ def parse_args(argv):
         help="the frozen reference: sharded like the policy, in CPU memory, or scored once before training and dropped")
     add_memory_flags(p)     # --checkpointing --chunk_tokens --compile --offload_activations --offload_params
     # the run's folder
-    add_folder_flags(p, save_every=100)     # --save_every --keep --save_minutes --resume
+    run_folder.add_folder_flags(p, save_every=100)     # --save_every --keep --save_minutes --resume
     add("--probe_every", type=int, default=50, help="steps between looks at held-out pairs; 0: never")
     add("--hold_back", type=int, default=0, help="wins kept for the probe, with all their losers")
     add("--log_every", type=int, default=10, help="steps between printed lines; log.jsonl has every step")
@@ -203,22 +190,18 @@ def objective_flags():
 
 
 def check_args(args, ranks):
-    """
-    Refuse flags that cannot work before anything is loaded or written, and fill in what follows from other flags.
-    Raises ValueError.
-    """
-    objective = OBJECTIVES[args.loss]
-    check_common_flags(args, ranks)
+    """Refuse flags that cannot work, before anything is loaded, and fill in what follows from others. ValueError."""
+    run_folder.check_common_flags(args, ranks)
     check_memory_flags(args)
-    check_objective(args, objective)
+    check_objective(args, OBJECTIVES[args.loss])
     draw(0, 0, (1,), args.flow_shift, args.min_timestep, args.max_timestep)    # checks the range of sigma
     if args.bad_samples == "skip" and args.ref == "cached":
         raise ValueError("--bad_samples skip: expected stop with --ref cached, whose errors belong to the scored pairs")
     if args.init != "scratch":
         args.init = locate_weights(args.init)
     args.out = Path(str(args.out).replace("{loss}", args.loss))
-    args.resume = check_folder(args.out, args.resume)
-    args.loss_scale = args.loss_scale or objective.scale(args)
+    args.resume = run_folder.check_folder(args.out, args.resume)
+    args.loss_scale = args.loss_scale or OBJECTIVES[args.loss].scale(args)
 
 
 def check_objective(args, objective):
@@ -226,8 +209,8 @@ def check_objective(args, objective):
     for name, flag in objective_flags().items():
         if flag not in objective.flags and getattr(args, name) != flag.type(flag.default):
             users = " or ".join(user for user, other in OBJECTIVES.items() if flag in other.flags)
-            raise ValueError(f"--{name} {getattr(args, name)} does nothing in --loss {args.loss}; it belongs to --loss "
-                             f"{users}")
+            value = getattr(args, name)
+            raise ValueError(f"--{name} {value} does nothing in --loss {args.loss}; it belongs to --loss {users}")
     one, video = torch.ones(1), torch.ones(1, 1, 1, 1, 1)
     try:                                                   # the functions of losses.py check what they are given
         objective.loss(args, Pair(one, one, one, one, one / 2, (video, 0 * video, video, 0 * video)))
@@ -253,13 +236,12 @@ def check_objective(args, objective):
 
 def read_batch(args, dataset, positions, device):
     """
-    The pairs at these positions of the run, with the sigma and the noise of each: functions of (seed, position),
-    nothing else. Returns a dictionary of tensors (B, ...) on `device`, the list "names", and counts {name: number}
-    under "counts".
+    The pairs at these positions of the run, with sigma and noise, functions of (seed, position) alone. Returns a
+    dictionary of tensors (B, ...) on `device`, the list "names", and counts {name: number} under "counts".
     """
     indices = [order(args.seed, position, len(dataset)) for position in positions]
     skip = args.bad_samples == "skip"
-    items = read_items(dataset, indices, skip)
+    items = run_folder.read_items(dataset, indices, skip)
     # the scorer judges every sigma alike: where a sampler has few steps most can be seen
     flow_shift = 1.0 if OBJECTIVES[args.loss].trains_scores else args.flow_shift
     limits = (flow_shift, args.min_timestep, args.max_timestep, args.timestep_sampling)
@@ -305,8 +287,7 @@ def coefficients(args, pair):
     c_win, c_lose (B,) and metrics {name: (B,)} of the objective.
 
     Every offline objective has the gradient c_win * d err_win - c_lose * d err_lose, and autograd gives the two numbers
-    from the four errors alone. So the branches can be back-propagated together, one after the other, or on two ranks,
-    with one and the same gradient.
+    from the errors alone. So the branches can be back-propagated together, one by one, or on two ranks, all the same.
     """
     objective = OBJECTIVES[args.loss]
     err_win, err_lose = pair.err_win.detach().requires_grad_(), pair.err_lose.detach().requires_grad_()
@@ -318,7 +299,7 @@ def coefficients(args, pair):
     if not objective.trains_scores:
         metrics |= {"err_win": err_win.detach(), "err_lose": err_lose.detach()}
         metrics |= {"ref_err_win": pair.ref_err_win, "ref_err_lose": pair.ref_err_lose}
-    return c_win, c_lose, metrics | diagnostics(metrics)
+    return c_win, c_lose, metrics | run_folder.diagnostics(metrics)
 
 
 @torch.no_grad()
@@ -341,8 +322,8 @@ def reference_errors(args, ref, batch, ranks):
         return flow_errors(ref, branch(batch, "win", "lose"))[0].view(2, -1)
     if args.backward == "sequential":
         return both_errors(ref, batch)
-    own = ("win", "lose")[ranks.branch]
-    return exchange_branches(flow_errors(ref, branch(batch, own))[0], ranks.pair_group)
+    err, _, _ = flow_errors(ref, branch(batch, ("win", "lose")[ranks.branch]))
+    return exchange_branches(err, ranks.pair_group)
 
 
 def backward_batch(args, policy, ref, batch, scale, ranks):
@@ -404,7 +385,7 @@ def backward_pair(args, policy, ref_errors, batch, scale, ranks):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# the parts of main
+# the run
 
 def open_model(args):
     """The WanConfig of the model that --init holds, checked against the flags. args.model becomes its name."""
@@ -412,9 +393,9 @@ def open_model(args):
     check_timesteps(args.model, expert, args.min_timestep, args.max_timestep, args.init)
     if args.sample_every:
         refuse_lone_expert(args.model, args.init, "--sample_every")
-    heads = config.num_heads
-    if heads % args.cp_size:
-        raise ValueError(f"--cp_size {args.cp_size} does not divide the {heads} heads of --model {args.model}")
+    if config.num_heads % args.cp_size:
+        heads = f"the {config.num_heads} heads of --model {args.model}"
+        raise ValueError(f"--cp_size {args.cp_size} does not divide {heads}")
     if config.scores:
         raise ValueError(f"--init {args.init}: a preference model (scores is True, expected False), not one to sample")
     return config
@@ -427,9 +408,7 @@ def learning_rate(args, step):
     return args.learning_rate * min(warm, decay)
 
 
-# ------------------------------------------------------------------------------------------------------------------
-
-@releases_locks
+@run_folder.releases_locks
 def main(args, dataset=None):
     """dataset: an object as data.py describes it, in place of --data."""
     # ---------------- ranks
@@ -441,17 +420,17 @@ def main(args, dataset=None):
 
     # ---------------- data
     if dataset is None:
-        dataset = open_dataset(args, config, ranks, objective.reads_pairs)
-    check_empty_caption(args, dataset, config)
+        dataset = evaluate.open_dataset(args, config, ranks, objective.reads_pairs)
+    evaluate.check_empty_caption(args, dataset, config)
     held_back = None
     if args.hold_back:
-        dataset, held_back = hold_back(dataset, args.hold_back)
+        dataset, held_back = evaluate.hold_back(dataset, args.hold_back)
     may_change = MAY_CHANGE if args.decay_steps else MAY_CHANGE | {"steps"}
     weights = "scratch" if args.init == "scratch" else weights_digest(args.init)
     contents = f"{len(dataset)} items, {dataset.fingerprint()}"
-    fixed = run_settings(args, may_change, init=weights, data=contents)
+    fixed = run_folder.run_settings(args, may_change, init=weights, data=contents)
     memory = check_memory_flags(args)
-    check_same_run(args.resume, fixed)
+    run_folder.check_same_run(args.resume, fixed)
     scored = RefErrors(args, fixed, memory, ranks) if args.ref == "cached" else None
 
     # ---------------- models
@@ -464,9 +443,7 @@ def main(args, dataset=None):
     ref = None
     if objective.needs_ref and not (scored and scored.is_complete):
         ref = build(config, offload=args.ref == "offload").eval().requires_grad_(False)
-    ema = None
-    if args.ema_decay:
-        ema = build(trained_config, offload=args.offload_params).eval().requires_grad_(False)
+    ema = build(trained_config, offload=args.offload_params).eval().requires_grad_(False) if args.ema_decay else None
     averaged = policy if ema is None else ema              # what is sampled, probed and exported
 
     # ---------------- optimizer
@@ -474,29 +451,29 @@ def main(args, dataset=None):
     optimizer = make_optimizer(policy, args.weight_decay, args.loss_scale)
 
     # ---------------- what is looked at, while the policy is still the reference
-    probe = open_probe(args, config, dataset, held_back, both_errors, policy, ranks)
-    held_out = None if objective.trains_scores else open_held_out(args, dataset, held_back)
+    probe = evaluate.open_probe(args, config, dataset, held_back, both_errors, policy, ranks)
+    held_out = None if objective.trains_scores else evaluate.open_held_out(args, dataset, held_back)
 
     # ---------------- resume
-    lock_folder(args.out, ranks)
+    run_folder.lock_folder(args.out, ranks)
     checkpoint = Path(args.resume)
-    start, skipped = load_checkpoint(args.resume, policy, optimizer, ema)
-    log_path = args.out / "log.jsonl"
-    rows = begin_log(args, start, ranks=ranks.world) if ranks.rank == 0 else []
+    start, skipped = run_folder.load_checkpoint(args.resume, policy, optimizer, ema)
+    rows = run_folder.begin_log(args, start, ranks=ranks.world) if ranks.rank == 0 else []
     dist.barrier()
 
     # ---------------- what will happen
-    tokens = config.count_tokens(dataset[0]["win"].shape)          # of a video
+    tokens = config.count_tokens(dataset[0]["win"].shape)                     # of a video
     parameters = sum(p.numel() for p in policy.parameters())
     learning = sum(p.numel() for p in trainable)
-    videos = per_rank * (2 if objective.reads_pairs and args.backward == "joint" else 1)
+    branches = 2 if objective.reads_pairs else 1           # videos of an item
+    at_once = per_rank * (branches if args.backward == "joint" else 1)        # videos whose graph is alive
+    at_once *= not objective.trains_scores                 # a preference model's blocks are frozen
     if ranks.rank == 0:
+        plan = memory_plan(args, config, parameters, tokens, at_once, objective.needs_ref, ranks, learning / parameters)
         model = f"{args.model}: {parameters:,} parameters"
-        videos = 0 if objective.trains_scores else videos  # their blocks are frozen
-        plan = memory_plan(args, config, parameters, tokens, videos, objective.needs_ref, ranks, learning / parameters)
-        print("\n".join(describe_run(args, dataset, tokens, start, ranks, model, plan)))
+        print("\n".join(run_folder.describe_run(args, dataset, tokens, start, ranks, model, plan)))
         if objective.reads_pairs and not args.resume:
-            print(audit_report(dataset, args.min_timestep / 1000))
+            print(evaluate.audit_report(dataset, args.min_timestep / 1000))
     if held_out and args.init != "scratch":
         held_out.judge("before", build(config) if ref is None else ref, ranks, keep=True)
     if scored:
@@ -509,9 +486,10 @@ def main(args, dataset=None):
     # ---------------- the loop
     watch = Watch(rows)
     margin_beta = args.beta if BETA in objective.flags else 1.0
+    in_bf16 = matrix_dtype(ranks.device.type) is not None
     # FSDP averages over ranks; a step is the mean over its pairs
     scale = args.loss_scale * ranks.world / args.batch_size
-    signals = Signals(args.save_minutes)
+    signals = run_folder.Signals(args.save_minutes)
     for step in range(start, args.steps):
         began = time.perf_counter()
         if ranks.device.type == "cuda":
@@ -521,12 +499,12 @@ def main(args, dataset=None):
             batch = read_batch(args, dataset, positions, ranks.device)
             ref_or_errors = scored.at(positions) if scored else ref
             metrics = backward_batch(args, policy, ref_or_errors, batch, scale, ranks)
-            add_up(sums, metrics, batch["sigma"], batch["counts"])
+            run_folder.add_up(sums, metrics, batch["sigma"], batch["counts"])
             margins += metrics["margin"].tolist() if objective.reads_pairs else []
             samples += zip(batch["names"], metrics["loss"].tolist())
-        row, sums = summarise(sums | signals.asks(), margins, ranks)
+        row, sums = run_folder.summarise(sums | signals.asks(), margins, ranks)
         if objective.reads_pairs and step == 0:
-            check_first_margin(row["margin_abs"], margin_beta, half=matrix_dtype(ranks.device.type) is not None)
+            run_folder.check_first_margin(row["margin_abs"], margin_beta, in_bf16)
 
         # dpo_cm takes the mean over the pairs that it kept; a step that keeps none changes nothing
         kept = sums["pairs"] / max(1, sums["kept"]) if "kept" in sums else 1.0
@@ -542,19 +520,17 @@ def main(args, dataset=None):
                     ema_update(ema, policy, min(args.ema_decay, (step + 1) / (step + 10)))
         else:
             skipped += 1
-            report_skipped(step, skipped, samples)
+            run_folder.report_skipped(step, skipped, samples)
         optimizer.zero_grad()
 
         seconds = time.perf_counter() - began
-        videos = args.batch_size * (2 if objective.reads_pairs else 1)
-        row |= {"skipped": skipped, "seconds": seconds, "memory_gib": memory_gib(ranks.device),
-                "tokens_per_second": videos * tokens / seconds}
-        row = {"step": step, **row}
+        row = {"step": step, **row, "skipped": skipped, "seconds": seconds, "memory_gib": memory_gib(ranks.device),
+               "tokens_per_second": args.batch_size * branches * tokens / seconds}
         is_last = step + 1 == args.steps
         if probe and ((step + 1) % args.probe_every == 0 or is_last):
             row["probe"] = probe(averaged, args.beta)      # after this step's update
         if ranks.rank == 0:
-            log_row(log_path, row, watch(row), show=step % args.log_every == 0 or is_last)
+            run_folder.log_row(args.out / "log.jsonl", row, watch(row), show=step % args.log_every == 0 or is_last)
 
         if (step + 1) % args.save_every == 0 or is_last or sums["asks/save"] or sums["asks/stop"]:
             meta = fixed | {"config": asdict(trained_config), "skipped": skipped}
@@ -569,8 +545,8 @@ def main(args, dataset=None):
     signals.close()
     if ranks.rank == 0:
         export_weights(checkpoint, args.out / "export")
-    if objective.trains_scores and args.eval_clips and is_toy_data(dataset):
-        mark_scores(args, config, ranks, both_errors, averaged)
+    if objective.trains_scores and args.eval_clips and evaluate.is_toy_data(dataset):
+        evaluate.mark_scores(args, config, ranks, both_errors, averaged)
     if held_out:
         held_out.close(args.out / "samples", {"after": held_out.judge("after", averaged, ranks)})
     dist.barrier()

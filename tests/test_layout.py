@@ -59,7 +59,7 @@ WIDE = [
     "tests/test_bench.py",
     "tests/test_dry_run.py",
 ]
-LONG = ["train.py"]
+LONG = []
 STALE = []
 
 
