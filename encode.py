@@ -8,9 +8,15 @@ Real video to samples, and latents back to something to look at.
     python encode.py --decode DATA/real --out look --weights WAN
 
 DIR holds video files (mp4 and what PyAV reads) and a metadata.jsonl or metadata.csv with a row for each: video (its
-path in DIR), prompt. Every video is resampled to --fps by the time stamps of its frames, scaled to cover --size,
-cropped at the centre and cut into clips of --frames. Each clip is one sample file, named after its video and first
-frame. What can be wrong with the input is said before anything is encoded; a stopped run resumes.
+path in DIR), prompt. Every video is resampled to --fps (the frame at a time is the one on show then), scaled to cover
+--size, cropped at the centre and cut into clips of --frames. Each clip is one sample file, named after its video and
+first frame.
+
+All input is looked at before anything is encoded, and all of a video is decoded before its first sample is written: a
+damaged one is an error, or is left out with --skip_damaged. A stopped run resumes. A sample knows its settings, its
+video and the encoder's weights: samples of a replaced video are encoded again, those of other settings are refused, and
+those that no row asks for are named, or deleted with --prune. OUT/empty_caption.context is what the text encoder makes
+of "".
 
 Encoders: `pixel`, the fixed codec of the embedded world (toy.py), which needs no pretrained weights; `wan`, those of
 the public Wan models (UMT5-XXL, VAE, CLIP), from an original Wan folder or a diffusers folder. Nothing is downloaded.
@@ -215,7 +221,7 @@ def tell(plan):
     for note, paths in plan.notes.items():
         print(f"{NOTES[note]}: {len(paths)} videos, {first_names(paths)}")
     if plan.changed:
-        print(f"{plan.changed} samples were made from other videos of the same names and are made anew; "
+        print(f"{plan.changed} samples were made from other videos of the same names and are encoded again; "
               "delete the negatives that were made from them")
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from einops import rearrange
 
-# Numbers of colour matrices, as in the standard H.273, and of ranges, as in FFmpeg. BT.709's number also stands for its
-# primaries, which are those of sRGB, and its transfer.
+# Numbers of colour matrices, as in the standard H.273, and of ranges, as in FFmpeg. BT.709's number is also that of
+# its primaries, which are those of sRGB, and of its transfer.
 BT709, BT601, LIMITED = 1, 6, 1
 
 

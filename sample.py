@@ -369,7 +369,7 @@ def parse_args(argv):
     add("--batch_size", type=int, default=0, help="videos made together; 0: 1 for Wan, 64 for the embedded world")
     add = parser.add_argument_group("with --prompts (0: the value of the model's authors)").add_argument
     add("--image", nargs="+", default=[], help="first frame (i2v, flf2v, ti2v): a picture for all prompts or for each; "
-        "behind what is transparent in it is white")
+        "transparent parts are put on white")
     add("--last_image", nargs="+", default=[], help="last frame (flf2v): a picture for all prompts or for each")
     add("--out", default="samples", help="folder to write samples, mp4 files and a contact sheet to")
     add("--frames", type=int, default=0, help="frames of a video")

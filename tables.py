@@ -14,7 +14,7 @@ from pathlib import Path
 from data import file_inside, read_jsonl
 from video import look_at
 
-# What other trainers' metadata calls them; `file_name` stands in Hugging Face's folders of videos.
+# What other trainers' metadata calls them; `file_name` is the name in Hugging Face's folders of videos.
 VIDEO_COLUMNS = ("video", "file_name", "file_path", "video_path", "path")
 PROMPT_COLUMNS = ("prompt", "text", "caption", "cap")
 VIDEO_SUFFIXES = {".mp4", ".m4v", ".mov", ".mkv", ".webm", ".avi", ".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".flv",
@@ -95,7 +95,7 @@ def read_metadata(folder, skip_damaged=False):
         path = file_inside(folder, name, where)
         earlier = row_of.setdefault(path.resolve(), where)
         if earlier != where:
-            raise ValueError(f"{where}: {name} stands in {earlier} already; expected one row per video")
+            raise ValueError(f"{where}: {name} is in {earlier} already; expected one row per video")
         rows.append((where, path, prompt))
     if not rows:
         raise ValueError(f"{table}: no rows; expected one per video, with video and prompt")
@@ -180,7 +180,7 @@ def check_cells(where, cells, columns):
         for later_line in cell.splitlines()[1:]:
             names = [name.strip(' "') for name in later_line.split(",")]
             if any(Path(name).suffix.lower() in suffixes for name in names):
-                raise ValueError(f"{where}: a cell goes on over the end of the line and takes in {later_line!r:.80}; "
+                raise ValueError(f"{where}: a cell does not end with its line and takes in {later_line!r:.80}; "
                                  "a quote is not closed")
 
 

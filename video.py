@@ -77,7 +77,8 @@ class Film:
 def open_video(path):
     import av
     # after "file:" a name with a colon in it is a name, not a protocol
-    return av.open(f"file:{path}", options={"format_whitelist": FORMATS, "protocol_whitelist": "file"})
+    options = {"format_whitelist": FORMATS, "protocol_whitelist": "file"}
+    return av.open(f"file:{path}", options=options, metadata_errors="replace")            # titles in any encoding
 
 
 def film_stream(container, path):
@@ -259,7 +260,7 @@ def is_cut_off(path, kind):
 
 def stamp_slack(film):
     """
-    How far a stamp may lie behind the true time of its picture, in ticks: stamps are rounded, cameras' clocks jitter.
+    How much later than its picture begins a stamp may be, in ticks: stamps are rounded, and cameras' clocks jitter.
 
     At a constant rate, where all stamps lie near an even grid, it is a little more than their distance from it, and at
     most a quarter of an interval; otherwise it is half a tick, but 0.05 ms where ticks are finer and 0.5 ms at most.
@@ -456,7 +457,7 @@ def read_image(path, size):
     """
     A picture file -> (3, H, W) in [-1, 1], upright, scaled to cover size = (H, W) and cropped at the centre.
 
-    16-bit and float pictures are scaled to this range; behind what is transparent is white.
+    16-bit and float pictures are scaled to this range; transparent parts are put on white.
     """
     from PIL import Image, ImageOps                                   # diffusers brings it
     try:

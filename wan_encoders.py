@@ -411,8 +411,8 @@ class Encoders:
             clip_features  (257 n, 1280)   the same in Wan2.1: of the first image, then of the last
             first_latent   (48, 1, h, w)   ti2v with a first image
 
-        first, last: images (3, H, W) in [-1, 1], of the video's size, or None. Channel c of frame j of the mask stands
-        for video frame 4 (j-1) + 1 + c, all channels of frame 0 for video frame 0; 1 where it is given.
+        first, last: images (3, H, W) in [-1, 1], of the video's size, or None. Channel c of frame j of the mask is for
+        video frame 4 (j-1) + 1 + c, all channels of frame 0 for video frame 0; 1 where it is given.
         Raises ValueError for images that the model does not take.
         """
         kind = self.config.model_type

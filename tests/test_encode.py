@@ -107,7 +107,7 @@ def test_samples_made_with_other_settings_are_not_taken_for_done(tmp_path):
         ('{"video": "b.mp4", ', "metadata.jsonl:2: not JSON"),
         ('{"video": "gone.mp4", "prompt": "x"}', "metadata.jsonl:2: no file 'gone.mp4' in"),
         ('{"video": "../out.mp4", "prompt": "x"}', "metadata.jsonl:2: '../out.mp4' leads out of"),
-        ('{"video": "a.mp4", "prompt": "x"}', "metadata.jsonl:2: a.mp4 stands in"),
+        ('{"video": "a.mp4", "prompt": "x"}', "metadata.jsonl:2: a.mp4 is in"),
         ('{"video": "text.mp4", "prompt": "x"}', "metadata.jsonl:2: {}/text.mp4: not a video that can be read"),
         ('{"video": "half.mp4", "prompt": "x"}', "metadata.jsonl:2: {}/half.mp4: not a video that can be read"),
         ('{"video": "sound.mp4", "prompt": "x"}', "metadata.jsonl:2: {}/sound.mp4: no video in it"),
@@ -115,7 +115,7 @@ def test_samples_made_with_other_settings_are_not_taken_for_done(tmp_path):
             '{"video": "short.mp4", "prompt": "x"}',
             "metadata.jsonl:2: {}/short.mp4 has 7 frames at 8 fps (7 in the file), but a clip has --frames 8;",
         ),
-        ('{"video": "sub/../a.mp4", "prompt": "x"}', "metadata.jsonl:2: sub/../a.mp4 stands in"),
+        ('{"video": "sub/../a.mp4", "prompt": "x"}', "metadata.jsonl:2: sub/../a.mp4 is in"),
         (
             '{"video": "a.avi", "prompt": "x"}',
             "metadata.jsonl:2: the samples of {}/a.avi and {}/a.mp4 would have one name, a;",
@@ -219,7 +219,7 @@ def test_samples_of_a_replaced_video_are_made_anew_and_said(tmp_path, capsys):
     capsys.readouterr()
     run(*flags)
     said = capsys.readouterr().out
-    assert "1 samples were made from other videos of the same names and are made anew" in said
+    assert "1 samples were made from other videos of the same names and are encoded again" in said
     assert "1 samples that no row asks for: a_000008.safetensors" in said and "1 samples written" in said
     new = read_sample(out / "a_000000.safetensors")
     assert psnr(toy.decode_pixels(new["latents"]), -toy.decode_pixels(before)) > 20

@@ -215,6 +215,44 @@ def test_any_table_of_videos_names_files_of_its_folder_or_is_refused(house):
     all_inputs(500, check, lines=LINES, table=st.booleans(), cells=st.lists(cell, max_size=2))
 
 
+@pytest.fixture(scope="module")
+def films(tmp_path_factory):
+    """The bytes of small video files, by suffix."""
+    av = pytest.importorskip("av", reason="real video needs PyAV (requirements-video.txt)")
+    from make_videos import numbered_video
+    folder = tmp_path_factory.mktemp("films")
+    codecs = {"mp4": "h264", "mkv": "h264", "ts": "h264", "avi": "mpeg4", "webm": "libvpx-vp9", "flv": "h264"}
+    av.logging.set_level(None)
+    return {suffix: numbered_video(folder / f"a.{suffix}", 10, 8, codec, size=(32, 32)).read_bytes()
+            for suffix, codec in codecs.items()}
+
+
+@pytest.mark.slow
+def test_any_video_file_is_read_or_refused_by_name(films, tmp_path):
+    import video
+
+    def check(suffix, changes, cut, cut_front):
+        content = bytearray(films[suffix])
+        for place, value in changes:
+            content[int(place * (len(content) - 1))] = value
+        content = content[int(cut_front * len(content)):int(cut * len(content))]
+        path = tmp_path / f"a.{suffix}"
+        path.write_bytes(content)
+        try:
+            film = video.look_at(path)
+            picks = video.on_show(film, 8)
+            clips = list(video.read_clips(film, video.decode_all(film), picks, [0], min(4, len(picks)), (8, 8)))
+        except ValueError as error:
+            assert str(path) in str(error)
+            return False
+        assert clips[0][1].shape[2:] == (8, 8) and clips[0][1].abs().max() <= 1
+        return True
+    share = st.floats(0, 1)
+    all_inputs(400, check, suffix=st.sampled_from(sorted(films)),
+               changes=st.lists(st.tuples(share | st.floats(0, 0.1), st.integers(0, 255)), max_size=8),
+               cut=st.just(1.0) | share, cut_front=st.just(0.0) | st.floats(0, 0.5))
+
+
 @pytest.mark.slow
 @inputs(300)
 @given(

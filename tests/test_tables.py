@@ -52,9 +52,9 @@ def test_metadata_of_other_trainers_is_read(folder, columns, kind):
     # a quote that swallows rows
     (b'video,prompt\na.mp4,"a ball\nb.mp4,a box\n', "after line 1 (unexpected end of data)"),
     (b'video,prompt\na.mp4,"a ball\nb.mp4,a box"\n',
-     "metadata.csv:2: a cell goes on over the end of the line and takes in 'b.mp4,a box'"),
+     "metadata.csv:2: a cell does not end with its line and takes in 'b.mp4,a box'"),
     (b'video,prompt\na.mp4,a ball\nb.mp4,"a box\nc.mp4,a cat\nd.mp4,a "dog"\n', "after line 2 ("),
-    (b'prompt,video\na ball,a.mp4\n"a box,b.mp4\na cat,c.mp4\na dog", d.mp4\n', "metadata.csv:3: a cell goes on over"),
+    (b'prompt,video\na ball,a.mp4\n"a box,b.mp4\na cat,c.mp4\na dog", d.mp4\n', "metadata.csv:3: a cell does not end"),
 ])
 def test_a_bad_csv_is_named_with_its_line(folder, table, says):
     (folder / "metadata.csv").write_bytes(table)

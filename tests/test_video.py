@@ -260,10 +260,17 @@ def test_a_colon_in_a_file_name_is_a_file_name(tmp_path, monkeypatch, name):
     assert numbers(name) == numbers(tmp_path / name) == [0, 1, 2, 3]
 
 
+def test_a_title_in_another_encoding_does_not_matter(tmp_path):
+    path = numbered_video(tmp_path / "a.mkv", 4, setup=lambda stream: stream.metadata.update(title="a film"))
+    path.write_bytes(path.read_bytes().replace(b"a film", b"a f\xfclm"))
+    assert numbers(path) == [0, 1, 2, 3]
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # damage
 
 def test_flipped_bits_are_refused_by_name():
+    assert len(look_at(VIDEOS / "flipped_bits.mkv").stamps) == 64              # looking decodes the first picture only
     assert "is damaged; repair it, move it out of --videos" in damage(VIDEOS / "flipped_bits.mkv")
 
 
