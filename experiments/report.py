@@ -141,9 +141,9 @@ def smooth(values, width=5):
 
 
 def plot_curves(runs, settings, keys, path):
-    """One panel per key of the log: its mean over seeds, a line per setting."""
+    """One panel per key of the log: its mean over seeds, a line per setting, of one colour in all panels."""
     figure, axes = plt.subplots(1, len(keys), figsize=(4.4 * len(keys), 3.6))
-    for setting in settings:
+    for number, setting in enumerate(settings):
         logs = [run["log"] for run in runs.get(setting, [])]
         for axis, key in zip(axes, keys):
             if not logs or key not in logs[0][0]:
@@ -151,7 +151,7 @@ def plot_curves(runs, settings, keys, path):
             length = min(len(log) for log in logs)
             values = [mean(log[i][key] for log in logs) for i in range(length)]
             steps = [row["step"] for row in logs[0][:length]]
-            axis.plot(steps, smooth(values), label=setting, linewidth=1.4)
+            axis.plot(steps, smooth(values), color=f"C{number}", label=setting, linewidth=1.4)
             axis.set(title=key, xlabel="step")
             if key.endswith("gap"):
                 axis.set_yscale("symlog", linthresh=0.01)
