@@ -93,6 +93,10 @@ def save_memory(model, flags, trained):
     if flags.compile:                                      # policy, reference, sampler and probe come in several shapes
         torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)
     for block in model.blocks:
+        if chunk_size or not flags.compile:                # else it is in a compiled graph
+            block.self_attn.attend = attend_alike(block.self_attn.attend)
+        if not flags.compile:
+            block.cross_attn.attend = attend_alike(block.cross_attn.attend)
         if chunk_size:
             whole_up_to = chunk_size if flags.checkpointing == "full" else 0
             run_in_chunks(block, chunk_size, whole_up_to, flags.compile)
@@ -157,6 +161,23 @@ def memory_plan(args, config, parameters, tokens, videos, needs_ref, ranks, trai
     activations_place = " (CPU)" if args.offload_activations else ""
     parts.append(f"kept activations {kept:.3f}{activations_place}")
     return f"memory per rank in GiB: {', '.join(parts)}; on top what backward makes of one block at a time"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# attention
+
+def attend_alike(attend):
+    """
+    Return attend (q, k, v -> (B,L,D)) by the same kernel with and without a graph, so that a reference, or a policy
+    under no_grad, computes what a policy in training does. On Hopper, cuDNN has another plan where no gradient is asked
+    for. Here it always is; the graph is dropped at once. (detach: an output that is saved as it is would keep itself.)
+    """
+    def as_in_training(q, k, v):
+        if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
+            return attend(q, k, v)
+        with torch.enable_grad(), saved_tensors_hooks(torch.Tensor.detach, torch.Tensor.detach):   # not an offload's
+            return attend(q.detach().requires_grad_(), k, v).detach()
+    return as_in_training
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -331,6 +352,20 @@ def compile_static(f):
 # ----------------------------------------------------------------------------------------------------------------------
 # offload
 
+def pin(buffer):
+    """
+    Page-lock a CPU tensor in place until it is freed, for copies that run in parallel with computation. pin_memory=True
+    would take the next power of two, 1.33 to 1.83 times what Wan's activations are.
+    """
+    address = buffer.data_ptr()
+    error = int(torch.cuda.cudart().cudaHostRegister(address, buffer.nbytes, 1))         # 1: for all CUDA contexts
+    if error:
+        raise RuntimeError(f"cudaHostRegister of {buffer.nbytes:,} bytes for --offload_activations failed with CUDA "
+                           f"error {error}: is this much CPU memory free, and does ulimit -l allow it?")
+    unpin = weakref.finalize(buffer.untyped_storage(), torch.cuda.cudart().cudaHostUnregister, address)
+    unpin.atexit = False                                   # CUDA may be gone by then
+
+
 class Kept:
     """A storage that waits for its backward in a buffer on the CPU, and on the device too until the copy is done."""
     def __init__(self, flat, buffer, free, before):
@@ -397,7 +432,10 @@ class Offload:
         large_enough = [i for i, buffer in enumerate(self.free) if len(buffer) >= nbytes]
         if large_enough:
             return self.free.pop(min(large_enough, key=lambda i: len(self.free[i])))
-        return torch.empty(nbytes, dtype=torch.uint8, device="cpu", pin_memory=self.stream is not None)
+        buffer = torch.empty(nbytes, dtype=torch.uint8, device="cpu")
+        if self.stream is not None:
+            pin(buffer)
+        return buffer
 
     def keep(self, flat):
         """Begin to move a storage, given as a flat tensor. Returns its Kept."""

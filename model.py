@@ -206,6 +206,7 @@ class CrossAttention(nn.Module):
         self.q, self.k = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.v, self.o = nn.Linear(dim, dim), nn.Linear(dim, dim)
         self.norm_q, self.norm_k = nn.RMSNorm(dim, config.eps), nn.RMSNorm(dim, config.eps)
+        self.attend = attention
         self.has_image = config.image_dim > 0
         if self.has_image:
             self.k_img, self.v_img = nn.Linear(dim, dim), nn.Linear(dim, dim)
@@ -223,9 +224,9 @@ class CrossAttention(nn.Module):
     def forward(self, x, k, v, k_img=None, v_img=None):
         """x (B,L,D) and what keys_values returns -> (B,L,D)."""
         q = split_heads(self.norm_q(self.q(x)), self.num_heads)
-        attended = attention(q, k, v)
+        attended = self.attend(q, k, v)
         if self.has_image:
-            attended = attended + attention(q, k_img, v_img)
+            attended = attended + self.attend(q, k_img, v_img)
         return self.o(attended)
 
 
@@ -340,6 +341,8 @@ class WanModel(nn.Module):
         block.after_attention     its token-wise halves, run in chunks of tokens or compiled (memory.py)
         model.run_blocks          checkpointing of several blocks together (memory.py)
         block.self_attn.attend    the exchange of tokens for heads around attention (fsdp_utils.py)
+        block.self_attn.attend,
+        block.cross_attn.attend   attention without a graph by the kernel that a graph would get (memory.py)
         model.split, model.join   the tokens that this rank has in between (fsdp_utils.py)
         nn.Linear layers          adapters with the same call (lora.py): a block calls its layers, it never reads their
                                   weights. WanModel itself can be subclassed, with the names of its modules kept

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fsdp_utils
 import memory
+import model as model_module
 from conftest import on_ranks
 from dry_run import Live, kept_for_backward
 from fsdp_utils import ContextParallel, shard_model, start_ranks
@@ -192,6 +193,39 @@ def test_policy_and_reference_start_equal_bit_for_bit_however_little_is_kept(nam
         with torch.no_grad():
             assert torch.equal(velocity, ref(**inputs)), flags
         assert velocity.requires_grad
+
+
+@pytest.mark.parametrize("flags", [MemoryFlags(), MemoryFlags("selective"), MemoryFlags("chunked", 7)])
+@pytest.mark.parametrize("name", ["tiny", "i2v-clip"])
+def test_attention_without_a_graph_asks_for_what_training_asks_for_and_keeps_none(name, flags):
+    plain, inputs, _ = make_case(name)
+    model, _, _ = built(name, flags, torch.float32, trained=False)
+    asked = []
+
+    def spy(q, k, v):
+        asked.append((torch.is_grad_enabled(), q.requires_grad))
+        return plain_attention(q, k, v)
+    plain_attention = model_module.attention
+    with patch.object(model_module, "attention", spy):
+        spied, _, _ = built(name, flags, torch.float32, trained=False)
+    with torch.no_grad():
+        velocity = model(**inputs)
+        assert torch.equal(spied(**inputs), velocity)
+        if not flags.chunk_size:
+            assert torch.equal(velocity, plain(**inputs))
+    assert not velocity.requires_grad and asked and set(asked) == {(True, True)}
+
+    kept = []
+    attend = model.blocks[0].cross_attn.attend
+    q, k, v = torch.randn(3, 1, 5, 2, 8).unbind()
+    hooks = torch.autograd.graph.saved_tensors_hooks(kept.append, kept.append)
+    with torch.no_grad(), hooks:
+        assert not attend(q, k, v).requires_grad and not kept                  # an offload would see them
+    with torch.inference_mode():
+        assert torch.equal(attend(q, k, v), plain_attention(q, k, v))
+    q.requires_grad_()
+    assert torch.equal(torch.autograd.grad(attend(q, k, v).sum(), q)[0],
+                       torch.autograd.grad(plain_attention(q, k, v).sum(), q)[0])
 
 
 def test_chunks_in_float32_are_within_1e6_of_the_whole():
