@@ -1,17 +1,21 @@
-"""FLOPs against what runs; the search for the longest video; what is printed and refused."""
+"""FLOPs against what runs; the search for the longest video; what is printed and refused; gpu.sh on a CPU."""
 import dataclasses
+import os
 import re
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
 
 import bench
-from model import WanConfig, WanModel
+from conftest import ROOT
 from dry_run import Live, conditions, token_count
+from model import WanConfig, WanModel
 
 SMALL = WanConfig(dim=128, ffn_dim=512, num_heads=2, num_layers=3, in_dim=16, out_dim=16, text_dim=64, text_len=32)
-SHAPE = (16, 4, 16, 16)                                   # 256 tokens
+SHAPE = (16, 4, 16, 16)                                    # 256 tokens
 
 
 @pytest.mark.parametrize("variant", [{}, {"in_dim": 36, "image_dim": 48}])
@@ -20,25 +24,51 @@ def test_the_formula_for_flops_counts_what_a_forward_and_a_backward_run(variant)
     model, tokens = WanModel(config), token_count(config, SHAPE)
     inputs = {name: torch.randn(1, *shape) for name, shape in conditions(config, SHAPE).items()}
     with Live() as live:
-        velocity = model(torch.randn(1, *SHAPE), torch.rand(1), torch.randn(1, config.text_len, config.text_dim), **inputs)
+        context = torch.randn(1, config.text_len, config.text_dim)
+        velocity = model(torch.randn(1, *SHAPE), torch.rand(1), context, **inputs)
         assert live.counts["flops"] + live.counts["square"] == bench.forward_flops(config, tokens)
         assert live.counts["square"] == config.num_layers * 4 * tokens ** 2 * config.dim
         velocity.sum().backward()
-    # twice a forward, but for what nobody asks for, the gradient of the inputs of the first layers; flash attention does a quarter of its products again
-    text, image, d = config.text_len, 257 if config.image_dim else 0, config.dim
-    first = 2 * tokens * d * 4 * config.in_dim + 2 * text * d * config.text_dim + 2 * d * config.freq_dim
-    again = config.num_layers * 4 * tokens * (tokens + text + image) * d // 2
-    assert live.counts["flops"] + live.counts["square"] == 3 * bench.forward_flops(config, tokens) - first + again
+    # Twice a forward, except for what nobody asks for, the gradient of the inputs of the first layers. Flash attention
+    # does a quarter of its products again.
+    text, image, dim = config.text_len, 257 if config.image_dim else 0, config.dim
+    first_layers = 2 * tokens * dim * 4 * config.in_dim + 2 * text * dim * config.text_dim + 2 * dim * config.freq_dim
+    again = config.num_layers * 4 * tokens * (tokens + text + image) * dim // 2
+    counted = live.counts["flops"] + live.counts["square"]
+    assert counted == 3 * bench.forward_flops(config, tokens) - first_layers + again
 
 
 @pytest.mark.parametrize("guess", [1, 2, 40, 5000])
-@pytest.mark.parametrize("load, most", [(lambda n: n / 100, 100), (lambda n: 0.6 + n / 1000, 400), (lambda n: max(0.5 + n / 1000, n / 300), 300),
-                                        (lambda n: n / 1.5, 1), (lambda n: 1.1 + n, 0)])
+@pytest.mark.parametrize("load, most", [
+    (lambda n: n / 100, 100), (lambda n: 0.6 + n / 1000, 400), (lambda n: max(0.5 + n / 1000, n / 300), 300),
+    (lambda n: n / 1.5, 1), (lambda n: 1.1 + n, 0)])
 def test_the_longest_is_found_from_any_guess(load, most, guess):
     calls = []
-    found = bench.longest(lambda n: calls.append(n) or load(n), guess)
-    assert 0.99 * most <= found <= most and load(found) <= 1 or most == found == 0
+
+    def counted_load(n):
+        calls.append(n)
+        return load(n)
+    longest = bench.longest(counted_load, guess)
+    assert 0.99 * most <= longest <= most
+    assert longest == 0 or load(longest) <= 1
     assert len(calls) <= 8
+
+
+def test_a_right_guess_of_the_longest_costs_one_call():
+    calls = []
+
+    def load(n):
+        calls.append(n)
+        return n / 1000
+    assert bench.longest(load, 995) == 995 and calls == [995]
+
+
+def test_rungs_name_every_mode_and_keep_what_came_before():
+    ladder = bench.rungs(8, SMALL)
+    assert [name.split()[0] for name, _ in ladder[:4]] == ["FSDP", "selective", "chunked", "full"]
+    assert all(set(before) <= set(after) for (_, before), (_, after) in zip(ladder[3:-1], ladder[4:])
+               if "--cp_size" not in before)
+    assert ladder[-1][1][-1] == "--offload_params" and dict(ladder)["each video over 2 ranks"][-1] == "2"
 
 
 def flags_printed(capsys):
@@ -46,44 +76,51 @@ def flags_printed(capsys):
 
 
 def test_a_plan_names_the_first_flags_that_fit_and_the_longest_video_with_them(monkeypatch, capsys):
-    def pretended(flags, config, shape, ranks):            # 40 GB and 2 GB a latent frame, half as much of both with each flag
+    def pretended(flags, config, shape, ranks):            # 40 GB and 2 GB a latent frame, half of both with each flag
         size = round((40 + 2 * shape[1]) * 1e9 / 2 ** sum(word.startswith("--") for word in flags))
-        return SimpleNamespace(peak=size, parts={"weights": size}, host=0, flops=1, learning=1, moved=0, gathered=0, exchanged=0)
+        return SimpleNamespace(peak=size, parts={"weights": size}, host=0, flops=1, learning=1, moved=0, gathered=0,
+                               exchanged=0)
     monkeypatch.setattr(bench, "extrapolate", pretended)
-    bench.main("--plan --ranks 8 --frames 81 --gpu_memory 50 --margin 0".split())                  # 82 GB without a flag, 41 with one
+    clip = "--plan --ranks 8 --frames 81 --margin 0"
+    bench.main(f"{clip} --gpu_memory 50".split())          # 82 GB without a flag, 41 with one
     printed = capsys.readouterr().out
-    assert "train.py --model wan2.1-t2v-14b --checkpointing selective: fits" in printed and "no flag, takes 82.0 GB" in printed
-    assert "so: 117 frames of 480 x 832 = 46,800 tokens" in printed                              # 30 latent frames: 50 GB
+    assert "train.py --model wan2.1-t2v-14b --checkpointing selective: fits" in printed
+    assert "no flag, takes 82.0 GB" in printed
+    assert "so: 117 frames of 480 x 832 = 46,800 tokens" in printed            # 30 latent frames: 50 GB
 
-    bench.main("--plan --ranks 8 --frames 81 --gpu_memory 50 --margin 0 --checkpointing full --backward pair --ref cached".split())
+    bench.main(f"{clip} --gpu_memory 50 --checkpointing full --backward pair --ref cached".split())
     assert flags_printed(capsys) == ("--checkpointing full --backward pair --ref cached", "fits")
-    bench.main("--plan --ranks 8 --frames 81 --gpu_memory 15 --margin 0 --checkpointing full".split())
+    bench.main(f"{clip} --gpu_memory 15 --checkpointing full".split())
     assert flags_printed(capsys) == ("--checkpointing full", "does not fit")
-    bench.main("--plan --ranks 8 --gpu_memory 0.2 --margin 0".split())                             # nothing fits: the last rung
+    bench.main("--plan --ranks 8 --gpu_memory 0.2 --margin 0".split())         # nothing fits: the last rung
     flags, fits = flags_printed(capsys)
     assert flags.endswith("--offload_activations --cp_size 4 --offload_params") and fits == "does not fit"
 
 
 @pytest.mark.slow
 def test_a_plan_runs_from_the_command_line(capsys):
-    bench.main("--plan --model tiny --tokens 128 --checkpointing full --backward sequential --gpu_memory 1 --margin 0.5".split())
+    memory = "--checkpointing full --backward sequential --gpu_memory 1 --margin 0.5"
+    bench.main(f"--plan --model tiny --tokens 128 {memory}".split())
     printed = capsys.readouterr().out
     assert "fits" in printed and "activations" in printed and re.search(r"fits so: [\d,]+ tokens a video", printed)
 
 
 @pytest.mark.slow
 def test_what_is_measured_is_printed_run_by_run(capsys):
-    bench.main("--model tiny --learning_rate 1e-5 + --checkpointing full --ref cached + --data nowhere".split())
+    runs = "--learning_rate 1e-5 + --checkpointing full --ref cached + --data nowhere"
+    bench.main(f"--model tiny --warm_up 1 --timed 2 {runs}".split())
     first, second, third = capsys.readouterr().out.strip().split("\n")[-3:]
     seconds, speed, mfu, memory = (float(cell) for cell in first.split("|")[2:6])
     assert seconds > 0 and 0 < speed < 1 and 0 < mfu < 1 and memory > 0.1
     assert second.startswith("| --checkpointing full --ref cached | ") and "nowhere" in third.split("|")[2]
 
 
-@pytest.mark.parametrize("words, message", [("--frames 80", "1 more than a multiple of 4"), ("--size 480 830", "multiples of 16"), ("--ranks 0", "at least 1"),
-                                            ("--tokens 100 --frames 81", "give one"), ("--margin 90", "leaves nothing"), ("--ranks 8 --cp_size 3", "--cp_size 3"),
-                                            ("--ranks 5 --cp_size 5 --model wan2.1-t2v-1.3b", "does not divide the 12 heads"), ("--ranks 3 --backward pair", "even number"),
-                                            ("--ranks 2 --loss sft --backward pair", "sft"), ("--checkpointing full --chunk_tokens -2", "expected")])
+@pytest.mark.parametrize("words, message", [
+    ("--frames 80", "1 more than a multiple of 4"), ("--size 480 830", "multiples of 16"), ("--ranks 0", "at least 1"),
+    ("--tokens 100 --frames 81", "give one"), ("--margin 90", "leaves nothing"), ("--timed 0", "at least 1"),
+    ("--ranks 8 --cp_size 3", "--cp_size 3"), ("--ranks 3 --backward pair", "even number"),
+    ("--ranks 5 --cp_size 5 --model wan2.1-t2v-1.3b", "does not divide the 12 heads"),
+    ("--ranks 2 --loss sft --backward pair", "sft"), ("--checkpointing full --chunk_tokens -2", "expected")])
 def test_what_cannot_be_planned_is_said_at_once(words, message):
     with pytest.raises(ValueError, match=message):
         bench.main(["--plan", *words.split()])
@@ -94,3 +131,24 @@ def test_a_flag_that_train_does_not_know_is_refused_before_anything_runs(words, 
     with pytest.raises(SystemExit):
         bench.main(words.split())
     assert "error" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_every_stage_of_the_gpu_script_runs_on_a_cpu(tmp_path):
+    command = [str(ROOT / "benchmarks" / "gpu.sh"), "--dry", str(tmp_path)]
+    done = subprocess.run(command, env=os.environ | {"PYTHON": sys.executable}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+    rows = {stage: (tmp_path / f"{stage}.md").read_text() for stage in "abcdefgh"}
+    assert all("exit code 0" in text for text in rows.values())
+    assert "matrix product" in rows["a"]
+    assert "| SDPA's choice | 0.00e+00 | 0.00e+00 |" in rows["b"] and "2 rows: errors within 0.0e+00" in rows["b"]
+    assert "| 1,280 | ours | selective |" in rows["c"]
+    for stage, flags in (("d", "--checkpointing selective --backward sequential"), ("e", "")):
+        lines = [line for line in rows[stage].splitlines() if line.startswith("| --") and flags in line]
+        assert len(lines) > 0 and all(float(line.split("|")[2]) > 0 for line in lines[1:]), rows[stage]
+    assert "clips," in rows["g"] and "skipped" in rows["h"]
+
+
+def test_the_gpu_script_says_how_it_is_called():
+    done = subprocess.run([str(ROOT / "benchmarks" / "gpu.sh")], capture_output=True, text=True)
+    assert done.returncode == 2 and "gpu.sh OUT" in done.stdout
