@@ -14,9 +14,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-from data import write_sample
 from memory import MemoryFlags, Offload, save_memory
-from model import CONFIGS, WanModel, WanConfig
+from model import CONFIGS, WanConfig, WanModel
+from samples import write_sample
 from weights import save_wan
 
 pytestmark = pytest.mark.skipif(
