@@ -10,14 +10,18 @@ Errors     err_win, err_lose (policy, with gradient), ref_err_win, ref_err_lose 
                win_gap  = err_win  - ref_err_win      below 0: the policy denoises the win better than the reference
                lose_gap = err_lose - ref_err_lose     above 0: it denoises the lose worse
                margin   = -beta * (win_gap - lose_gap) = reward_win - reward_lose,   reward = -beta * gap
-               dgr      = beta * sigmoid(-margin)     how hard the pair still pulls: beta / 2 at first, 0 when learnt
+               dgr      = beta * sigmoid(-margin)     the DPO gradient ratio: DPO's gradient per unit of error, beta / 2
+                                                      at first, 0 when the pair is learnt
                accuracy = 1 where margin > 0, 1/2 at a tie, else 0
-           These mean the same for every loss (ipo_loss has no beta, spo_loss no errors). If an objective has another
-           number than margin inside its sigmoid, the metrics also hold that number, as "logit", and dgr belongs to it.
+               loss_dpo = -log sigmoid(margin)        without weights and penalties
+           These mean the same for every offline objective (ipo_loss has no beta). If one has another number than margin
+           inside its sigmoid, the metrics also hold that number, as "logit", and dgr belongs to it. spo_loss and
+           preference_loss have no errors: their docstrings say what margin and loss_dpo are there.
 Returns    losses (B,) and metrics {name: detached (B,)}. No loss averages over pairs: losses.mean() is for the caller.
-Gradient   d losses = c_win * d err_win - c_lose * d err_lose, two numbers per pair (each docstring gives them). So the
-           two branches can be back-propagated one at a time, or on two ranks, with c_win and c_lose from autograd on
-           the four errors alone.
+Gradient   of an offline objective: d losses = c_win * d err_win - c_lose * d err_lose, two numbers per pair that each
+           docstring gives. That is a condition on a new one too: it reads the errors, and nothing else that needs a
+           gradient. So the two branches can be back-propagated one at a time, or on two ranks, with c_win and c_lose
+           from autograd on the four errors alone.
 beta       multiplies a difference of *mean* squared errors, with no extra 1/2 (hundreds to thousands; a |margin| above
            5 is saturated). 5000 in Diffusion-DPO, VideoDPO and RealDPO, which halve it inside, is 2500 here; 100 in
            flow_grpo is 50; diffusers' 2500 is 2500. For errors summed over N elements, beta_sum = beta / N.
@@ -183,7 +187,7 @@ def regdpo_loss(err_win, err_lose, ref_err_win, ref_err_lose, beta, r=None, r_sc
 
 def importance_weight(err, sigma, sigma_next):
     """
-    How likely the policy is to take the sampler step sigma -> sigma_next that the data take, per element: three (B,) ->
+    Agreement exp(-KL), per element, of the policy's sampler step sigma -> sigma_next with the data's: three (B,) ->
     (B,) in [0, 1], detached. The posterior q(x_next | x_sigma, latents) and the policy's p(x_next | x_sigma) are
     Gaussians of one variance, and
 
@@ -194,7 +198,7 @@ def importance_weight(err, sigma, sigma_next):
     elements is inferred: for a whole video log(p / q) is in the thousands and p / q underflows. The weight is near 1 at
     high noise and small near clean latents. A longer step lowers it, so take sigma_next from next_sigma with the steps
     and the shift of the sampler in question (50 steps are usual).
-    A sigma_next below 1e-3 counts as 1e-3; up to 5e-4 it counts as the end of the grid, where the weight is 0.
+    Where sigma_next <= 5e-4, at the end of the grid, the weight is 0; between that and 1e-3, sigma_next counts as 1e-3.
     err: the branch's own err_win or err_lose. ValueError unless 0 <= sigma_next <= sigma <= 1.
     """
     if (sigma_next < 0).any() or (sigma_next > sigma).any() or (sigma > 1).any():
@@ -215,7 +219,7 @@ def dpo_cm_loss(err_win, err_lose, ref_err_win, ref_err_lose, beta, weight_win, 
 
         weight = min(weight_win, weight_lose)       from importance_weight; takes no gradient
         kept   = 1 where weight >= threshold, else 0
-        losses = kept * clip(weight, 1 - clip, 1 + clip) * -log sigmoid(margin)
+        losses = kept * clamp(weight, 1 - clip, 1 + clip) * -log sigmoid(margin)   (weight <= 1: only 1 - clip acts)
 
     c_win, c_lose = kept * clipped weight * dgr, both. A masked pair has loss 0 and gradient 0 but stays in the graph,
     so that ranks keep in step. The objective averages over *kept* pairs: the caller divides the sum over all ranks by
@@ -252,7 +256,7 @@ def sdpo_loss(err_win, err_lose, ref_err_win, ref_err_lose, beta, weight_win, we
     Everything (B,):
 
         losses = -log sigmoid(logit),   logit = -beta * (w_win * win_gap - w_lose * lose_gap)
-        w      = clip(weight, 1 - clip, 1 + clip) of each branch, detached
+        w      = clamp(weight, 1 - clip, 1 + clip) of each branch, detached   (weight <= 1: only 1 - clip acts)
 
     c_win, c_lose = w_win * dgr, w_lose * dgr, with dgr of the logit. That weights are inside and one per branch is
     inferred from descriptions of the third version, whose equations are not public. Its beta for video (0.02) has
@@ -354,9 +358,9 @@ def safeguard_coefficient(v_pred_win, v_target_win, v_pred_lose, v_target_lose, 
     dtype = torch.promote_types(torch.promote_types(v_pred_win.dtype, v_target_win.dtype), torch.float32)
     d_win = (v_pred_win.detach().to(dtype) - v_target_win.to(dtype)).flatten(1)        # (B, C*F*H*W)
     d_lose = (v_pred_lose.detach().to(dtype) - v_target_lose.to(dtype)).flatten(1)     # (B, C*F*H*W)
-    if mask is not None:
+    if mask is not None:                                           # d_lose enters through its product with d_win alone
         d_win = d_win * mask.to(dtype).expand(v_pred_win.shape).flatten(1)
-    dot = (d_win * d_lose).mean(1)                                                     # (B,)
+    dot = (d_win * d_lose).mean(1)                                 # (B,); a mask's count cancels in bound / dot
     bound = (1 - mu) * d_win.square().mean(1)                                          # (B,)
     return torch.where(dot > bound, bound / dot, torch.ones_like(dot))                 # dot <= 0 <= bound: 1
 

@@ -11,7 +11,8 @@ modulation, the insides of norms, the residual stream and the head compute in fl
 here means promote_types(dtype, float32), so that a model in float64 stays in float64. Nothing relies on autocast, nor
 on FSDP casting the inputs of blocks (use cast_forward_inputs=False).
 
-Axes: B C F H W for video; L video tokens, T context tokens, D width, N heads, K = D / N; U distinct timesteps.
+Axes: B C F H W for video; L video tokens, T context tokens, D width, N heads, K = D / N; U rows of timesteps, and
+time_index (B, 1 or L) says which row a token uses (F.embedding looks it up).
 """
 import math
 from dataclasses import dataclass
@@ -55,26 +56,28 @@ class WanConfig:
             return "ti2v"
         return "t2v"
 
-    def count_tokens(self, latents):
+    def count_tokens(self, shape):
         """Return L, the number of tokens of a video whose latents have the shape (C, F, H, W)."""
-        return math.prod(size // patch for size, patch in zip(latents[1:], self.patch_size))
+        return math.prod(size // patch for size, patch in zip(shape[1:], self.patch_size))
 
-    def condition_shapes(self, latents):
+    def condition_shapes(self, shape):
         """
         Return {name: shape} of the conditions that go with a sample whose latents have the shape (C, F, H, W). A TI2V
         sample without first_latent is text-to-video.
         """
-        channels, frames, height, width = latents
+        channels, frames, height, width = shape
         shapes = {}
         if self.in_dim > self.out_dim:
             shapes["y"] = (self.in_dim - self.out_dim, frames, height, width)
         if self.image_dim:
             shapes["clip_features"] = (self.image_pos_len or 257, self.image_dim)
         if self.model_type == "ti2v" and frames > 1:
-            shapes["first_latent"] = (channels, 1, height, width)
+            shapes["first_latent"] = (channels, 1, height, width)    # not forward's: see hold_first_frame
         return shapes
 
 
+# A variant is told by these fields alone. A new kind of condition needs a field of its own, and a place in model_type,
+# condition_shapes, forward and check_inputs; a size of a known kind is a row.
 WAN_14B = dict(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40, out_dim=16)
 CONFIGS = {
     "tiny": WanConfig(dim=128, ffn_dim=512, num_heads=4, num_layers=4, in_dim=12, out_dim=12, text_dim=32, text_len=16),
@@ -103,12 +106,13 @@ def timestep_embedding(timestep, dim):
 
 def rope_table(grid, head_dim, device):
     """
-    grid (f, h, w) in tokens -> cos, sin (1, L, 1, K) float32, computed in float64, as rotate() takes them: each of the
-    K/2 angles twice, the first sine negative. The angles of a token are those of its frame, row and column; each axis
+    grid (f, h, w) in tokens -> cos, sin (1, L, 1, K) float32, computed in float64, as rotate() takes them: for each of
+    the K/2 angles (c, c) and (-s, s). The angles of a token are those of its frame, row and column; each axis
     has its own exponent. Every forward computes the tables, which costs next to nothing: a buffer would be cast by
     .to(bf16), and a cache would keep what inference mode or FakeTensorMode made.
     """
-    spatial = 2 * (head_dim // 6)                                    # not head_dim // 3, which differs for K != 128
+    # not head_dim // 3, which differs for some K, such as 64
+    spatial = 2 * (head_dim // 6)
     widths = (head_dim - 2 * spatial, spatial, spatial)
     cosines, sines = [], []
     for axis, (size, width) in enumerate(zip(grid, widths)):
@@ -214,8 +218,9 @@ class CrossAttention(nn.Module):
 
     def keys_values(self, context):
         """context (B,T,D), image tokens first -> k, v (B,T,N,K) of the text and, with an image branch, of the image."""
-        text = context[:, -self.text_len:].contiguous()              # torch multiplies a slice by another kernel where
-        keys_values = [self.norm_k(self.k(text)), self.v(text)]      # the weights are frozen, as those of a reference
+        # contiguous, so that a frozen reference takes the same matrix kernel as the policy
+        text = context[:, -self.text_len:].contiguous()
+        keys_values = [self.norm_k(self.k(text)), self.v(text)]
         if self.has_image:
             image = context[:, :-self.text_len].contiguous()
             keys_values += [self.norm_k_img(self.k_img(image)), self.v_img(image)]
@@ -344,8 +349,10 @@ class WanModel(nn.Module):
         block.self_attn.attend,
         block.cross_attn.attend   attention without a graph by the kernel that a graph would get (memory.py)
         model.split, model.join   the tokens that this rank has in between (fsdp_utils.py)
-        nn.Linear layers          adapters with the same call (lora.py): a block calls its layers, it never reads their
-                                  weights. WanModel itself can be subclassed, with the names of its modules kept
+        nn.Linear layers          adapters with the same call: a block calls its layers and never reads their weights
+
+    A preference model keeps the blocks of a velocity model, frozen (fsdp_utils.build_model), and trains a ScoreHead.
+    A subclass keeps the names of the modules; fsdp_utils.build_model and weights.load_wan are where models are made.
     """
     def __init__(self, config):
         super().__init__()
@@ -371,7 +378,7 @@ class WanModel(nn.Module):
         std = 0.02 if self.config.dim >= 1024 else self.config.dim ** -0.5     # 0.02 starves a narrow model of text
         for layer in (self.text_embedding[0], self.text_embedding[2], self.time_embedding[0], self.time_embedding[2]):
             nn.init.normal_(layer.weight, std=std)
-        if not self.config.scores:                                   # the first velocity is zero, as is the first score
+        if not self.config.scores:                                   # the first velocity is zero; ScoreHead starts at 0
             nn.init.zeros_(self.head.head.weight)
 
     def split(self, patches, cos, sin, time_index):
@@ -410,7 +417,7 @@ class WanModel(nn.Module):
         cos, sin = rope_table((f, h, w), config.dim // config.num_heads, x.device)
         if timestep.ndim == 1:
             time_index = torch.arange(len(timestep), device=timestep.device)[:, None]            # (B, 1)
-        else:                                                        # [B,L,6,D] would be gigabytes for two timesteps
+        else:                                                        # one row a value: (B,L,6,D) would take gigabytes
             timestep, time_index = timestep.unique(return_inverse=True)                          # (U,), (B, L)
         patches, cos, sin, time_index = self.split(patches, cos, sin, time_index)
         x = self.patch_embedding(patches.to(dtype))                  # (B, L, D)

@@ -46,10 +46,10 @@ class RefErrors:
         """Errors (2, B) at a range of positions."""
         return self.errors[positions.start:positions.stop].T.to(self.ranks.device)
 
-    def score(self, score, start):
-        """Score what is missing from step `start` on. score(range of positions) -> (2, B). All ranks call it."""
+    def fill(self, errors_at, start):
+        """Score what is missing from step `start` on. errors_at(range of positions) -> (2, B). All ranks call it."""
         steps = range(start, self.args.steps)
-        score_reference(self.path, self.key, self.errors, steps, self.args.batch_size, score,
+        score_reference(self.path, self.key, self.errors, steps, self.args.batch_size, errors_at,
                         lambda step: positions_of(self.args, self.ranks, step), self.ranks)
 
 

@@ -1,5 +1,6 @@
 """
-Preference post-training of Wan video models, offline objectives: one file, one loop.
+Preference post-training of Wan video models, offline objectives: one file, one loop. By default on GT-Pairs (a real
+clip wins over the model's own clip of its caption) in the embedded world of toy.py.
 
     python train.py                                           # Reg-DPO on GT-Pairs in the embedded world, on a laptop
     torchrun --nproc_per_node=8 train.py --loss regdpo        # the same on 8 ranks, the same curve
@@ -46,24 +47,25 @@ class Flag(NamedTuple):
 
 
 class Pair(NamedTuple):
-    """What an objective may read of a micro-batch: (B,) each. Of a preference model the errors are scores."""
+    """What an objective may read, (B,) each. A loss on pairs uses err_win and err_lose; they alone have a gradient.
+    A preference model has scores in their place: higher is better, so c_win and c_lose are negative."""
     err_win: torch.Tensor
     err_lose: torch.Tensor
     ref_err_win: torch.Tensor
     ref_err_lose: torch.Tensor
     sigma: torch.Tensor
-    outputs: tuple = ()       # needs_outputs: v_pred and v_target of the win, then of the lose, (B, C, F, H, W) each
+    outputs: tuple = ()       # v_pred and v_target of the win, then of the lose, (B, C, F, H, W) each, detached
 
 
 @dataclass(frozen=True)
 class Objective:
-    """A row of OBJECTIVES."""
+    """A row of OBJECTIVES. Metrics of pairs hold margin, accuracy, win_gap, lose_gap; `kept`: average over these."""
     loss: Callable                                         # (args, pair) -> losses (B,), metrics {name: (B,)}
     flags: tuple = ()                                      # given with another objective they are refused
-    scale: Callable = lambda args: 1 / args.beta           # --loss_scale 0: brings c_win to about 1 at the start
-    reads_pairs: bool = True                               # False: wins only
-    needs_ref: bool = True                                 # False: no reference is built
-    needs_outputs: bool = False                            # pair.outputs is filled, which needs both on one rank
+    scale: Callable = lambda args: 1 / args.beta           # brings |c_win| to about 1 at the start (--loss_scale 0)
+    reads_pairs: bool = True                               # False: wins only, and no reference
+    needs_ref: bool = True                                 # False: none is built, and ref_err_* are zeros
+    needs_outputs: bool = False                            # reads pair.outputs, which --backward pair does not have
     trains_scores: bool = False                            # the model is a preference model: scores, not velocities
 
 
@@ -81,7 +83,7 @@ def importance_weights(args, pair):
     return weight_win, importance_weight(pair.err_lose, pair.sigma, sigma_next)
 
 
-# flags that several objectives share
+# Flags that several objectives share. A name is one Flag: use these, do not define them again.
 BETA = Flag("beta", 30.0, "multiplies a mean squared error, with no extra 1/2; the Reg-DPO paper has 1000")
 CLIP = Flag("clip", 0.1, "clip importance weights to [1 - clip, 1 + clip]")
 WEIGHT_STEPS = Flag("weight_steps", 50, "importance weights are for the stride of a sampler with this many steps", int)
@@ -120,7 +122,7 @@ OBJECTIVES = {
         scale=lambda args: 1.0, needs_ref=False, trains_scores=True),
 }
 
-# What may differ from the run that is resumed, and --steps where nothing decays; --init and --data by name alone.
+# What a resumed run may change; also --steps without --decay_steps. --init and --data may be renamed, not altered.
 MAY_CHANGE = {
     "out", "resume", "init", "data", "grad_accum", "bad_samples", "backward", "cp_size", "replicate", "ref",
     "checkpointing", "chunk_tokens", "compile", "offload_activations", "offload_params", "save_every", "keep",
@@ -186,13 +188,15 @@ def parse_args(argv):
 
 def objective_flags():
     """{name: Flag} of all rows of OBJECTIVES."""
-    return {flag.name: flag for objective in OBJECTIVES.values() for flag in objective.flags}
+    flags = {flag.name: flag for objective in OBJECTIVES.values() for flag in objective.flags}
+    for objective in OBJECTIVES.values():
+        assert all(flags[flag.name] == flag for flag in objective.flags), "one flag is defined in two ways"
+    return flags
 
 
 def check_args(args, ranks):
     """Refuse flags that cannot work, before anything is loaded, and fill in what follows from others. ValueError."""
     run_folder.check_common_flags(args, ranks)
-    check_memory_flags(args)
     check_objective(args, OBJECTIVES[args.loss])
     draw(0, 0, (1,), args.flow_shift, args.min_timestep, args.max_timestep)    # checks the range of sigma
     if args.bad_samples == "skip" and args.ref == "cached":
@@ -211,9 +215,9 @@ def check_objective(args, objective):
             users = " or ".join(user for user, other in OBJECTIVES.items() if flag in other.flags)
             value = getattr(args, name)
             raise ValueError(f"--{name} {value} does nothing in --loss {args.loss}; it belongs to --loss {users}")
-    one, video = torch.ones(1), torch.ones(1, 1, 1, 1, 1)
+    one, videos = torch.ones(1), torch.ones(4, 1, 1, 1, 1, 1).unbind()
     try:                                                   # the functions of losses.py check what they are given
-        objective.loss(args, Pair(one, one, one, one, one / 2, (video, 0 * video, video, 0 * video)))
+        objective.loss(args, Pair(one, one, one, one, one / 2, videos))
     except ValueError as error:
         raise ValueError(f"--loss {args.loss}: {error}") from None
     if objective.reads_pairs and args.init == "scratch":
@@ -242,7 +246,7 @@ def read_batch(args, dataset, positions, device):
     indices = [order(args.seed, position, len(dataset)) for position in positions]
     skip = args.bad_samples == "skip"
     items = run_folder.read_items(dataset, indices, skip)
-    # the scorer judges every sigma alike: where a sampler has few steps most can be seen
+    # no shift for a scorer: low sigmas, where a sampler takes few steps, are the easiest to judge
     flow_shift = 1.0 if OBJECTIVES[args.loss].trains_scores else args.flow_shift
     limits = (flow_shift, args.min_timestep, args.max_timestep, args.timestep_sampling)
     draws = [draw(args.seed, position, item["win"].shape, *limits) for position, item in zip(positions, items)]
@@ -332,13 +336,13 @@ def backward_batch(args, policy, ref, batch, scale, ranks):
     sum over its pairs. Returns metrics {name: (B,)}.
 
     joint       both branches in one forward and one graph
-    sequential  one branch's activations at a time, for one more forward of the loser: 11 forwards instead of 10
+    sequential  one branch's activations at a time, for one more forward of the lose
     pair        this rank runs one branch, its partner the other; they exchange two numbers a pair
     """
     objective = OBJECTIVES[args.loss]
     if not objective.reads_pairs:
         err, _, _ = flow_errors(policy, branch(batch, "win"))
-        loss, metrics = objective.loss(args, Pair(err, err, err, err, batch["sigma"]))
+        loss, metrics = objective.loss(args, Pair(err, None, None, None, batch["sigma"]))
         (scale * loss.sum()).backward()
         return metrics | {"loss": loss.detach(), "err_win": err.detach()}
     ref_errors = reference_errors(args, ref, batch, ranks)
@@ -377,10 +381,9 @@ def backward_sequential(args, policy, ref_errors, batch, scale):
 def backward_pair(args, policy, ref_errors, batch, scale, ranks):
     own = ("win", "lose")[ranks.branch]
     err, _, _ = flow_errors(policy, branch(batch, own))
-    err_win, err_lose = exchange_branches(err.detach(), ranks.pair_group)
-    c_win, c_lose, metrics = coefficients(args, Pair(err_win, err_lose, *ref_errors, batch["sigma"]))
-    coefficient = c_win if own == "win" else -c_lose
-    (scale * (coefficient * err).sum()).backward()
+    errors = exchange_branches(err.detach(), ranks.pair_group)                # (2, B)
+    c_win, c_lose, metrics = coefficients(args, Pair(*errors, *ref_errors, batch["sigma"]))
+    (scale * ((c_win if own == "win" else -c_lose) * err).sum()).backward()
     return metrics
 
 
@@ -414,6 +417,7 @@ def main(args, dataset=None):
     # ---------------- ranks
     ranks = start_ranks(args.backward == "pair", args.cp_size, args.replicate)
     check_args(args, ranks)
+    memory = check_memory_flags(args)
     objective = OBJECTIVES[args.loss]
     config = open_model(args)                              # a damaged file is reported before anything is made
     per_rank = args.batch_size // (ranks.data_ranks * args.grad_accum)
@@ -422,16 +426,13 @@ def main(args, dataset=None):
     if dataset is None:
         dataset = evaluate.open_dataset(args, config, ranks, objective.reads_pairs)
     evaluate.check_empty_caption(args, dataset, config)
-    held_back = None
-    if args.hold_back:
-        dataset, held_back = evaluate.hold_back(dataset, args.hold_back)
+    dataset, held_back = evaluate.hold_back(dataset, args.hold_back) if args.hold_back else (dataset, None)
     may_change = MAY_CHANGE if args.decay_steps else MAY_CHANGE | {"steps"}
-    weights = "scratch" if args.init == "scratch" else weights_digest(args.init)
-    contents = f"{len(dataset)} items, {dataset.fingerprint()}"
-    fixed = run_folder.run_settings(args, may_change, init=weights, data=contents)
-    memory = check_memory_flags(args)
+    init = "scratch" if args.init == "scratch" else weights_digest(args.init)
+    data = f"{len(dataset)} items, {dataset.fingerprint()}"
+    fixed = run_folder.run_settings(args, may_change, init=init, data=data)
     run_folder.check_same_run(args.resume, fixed)
-    scored = RefErrors(args, fixed, memory, ranks) if args.ref == "cached" else None
+    cached = RefErrors(args, fixed, memory, ranks) if args.ref == "cached" else None
 
     # ---------------- models
     trained_config = replace(config, scores=objective.trains_scores)
@@ -439,9 +440,8 @@ def main(args, dataset=None):
     def build(config, trained=False, offload=False):
         return build_model(args.init, config, ranks, memory, trained, offload, args.seed)
 
-    policy = build(trained_config, trained=True, offload=args.offload_params)
-    ref = None
-    if objective.needs_ref and not (scored and scored.is_complete):
+    policy, ref = build(trained_config, trained=True, offload=args.offload_params), None
+    if objective.needs_ref and not (cached and cached.is_complete):
         ref = build(config, offload=args.ref == "offload").eval().requires_grad_(False)
     ema = build(trained_config, offload=args.offload_params).eval().requires_grad_(False) if args.ema_decay else None
     averaged = policy if ema is None else ema              # what is sampled, probed and exported
@@ -476,10 +476,10 @@ def main(args, dataset=None):
             print(evaluate.audit_report(dataset, args.min_timestep / 1000))
     if held_out and args.init != "scratch":
         held_out.judge("before", build(config) if ref is None else ref, ranks, keep=True)
-    if scored:
-        def score(positions):
+    if cached:
+        def errors_at(positions):
             return reference_errors(args, ref, read_batch(args, dataset, positions, ranks.device), ranks)
-        scored.score(score, start)
+        cached.fill(errors_at, start)
         ref = None
         gc.collect()                                       # a sharded model refers to itself and would stay for a while
 
@@ -497,13 +497,13 @@ def main(args, dataset=None):
         sums, margins, samples = {}, [], []
         for positions in positions_of(args, ranks, step):
             batch = read_batch(args, dataset, positions, ranks.device)
-            ref_or_errors = scored.at(positions) if scored else ref
+            ref_or_errors = cached.at(positions) if cached else ref
             metrics = backward_batch(args, policy, ref_or_errors, batch, scale, ranks)
             run_folder.add_up(sums, metrics, batch["sigma"], batch["counts"])
             margins += metrics["margin"].tolist() if objective.reads_pairs else []
             samples += zip(batch["names"], metrics["loss"].tolist())
         row, sums = run_folder.summarise(sums | signals.asks(), margins, ranks)
-        if objective.reads_pairs and step == 0:
+        if objective.needs_ref and step == 0:
             run_folder.check_first_margin(row["margin_abs"], margin_beta, in_bf16)
 
         # dpo_cm takes the mean over the pairs that it kept; a step that keeps none changes nothing
@@ -528,7 +528,7 @@ def main(args, dataset=None):
                "tokens_per_second": args.batch_size * branches * tokens / seconds}
         is_last = step + 1 == args.steps
         if probe and ((step + 1) % args.probe_every == 0 or is_last):
-            row["probe"] = probe(averaged, args.beta)      # after this step's update
+            row["probe"] = probe(averaged, args.beta)      # after this step's update; beta times the gap for every loss
         if ranks.rank == 0:
             run_folder.log_row(args.out / "log.jsonl", row, watch(row), show=step % args.log_every == 0 or is_last)
 
