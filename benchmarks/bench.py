@@ -301,21 +301,30 @@ def measure(args, folder, flags, batch_size):
     return rows[args.warm_up:] or (out / "printed").read_text().strip().rsplit("\n", 1)[-1]
 
 
+def planned_gib(flags, config, shape, ranks):
+    return extrapolate(("--ema_decay", "0", *flags), config, shape, ranks).peak / 2 ** 30
+
+
 def time_runs(args, runs):
     """Run train.py with one set of flags after the other and print a row for each: time, memory and the plan's."""
     steps = [(flags, step_args(("--ema_decay", "0", *flags), args.ranks)) for flags in runs]     # refuses bad flags
     with multiprocessing.get_context("spawn").Pool(1) as pool:                 # a process that used a GPU keeps memory
         device, peak = pool.apply(ceiling)
-    print(f"{device}: a matrix product reaches {peak / 1e12:.3g} TFLOP/s. {args.model}, {args.describe(args.shape)}; "
+    print(f"\n{device}: a matrix product reaches {peak / 1e12:.3g} TFLOP/s. {args.model}, {args.describe(args.shape)}; "
           f"{args.ranks} ranks\n")
     print(table([], TIMES), flush=True)
-    with tempfile.TemporaryDirectory() as folder:
+    spawn, has_plan = multiprocessing.get_context("spawn"), torch.cuda.device_count() or args.with_plan
+    planners = max(1, (os.cpu_count() or 1) // 4)          # plans are made while the GPU measures
+    with tempfile.TemporaryDirectory() as folder, spawn.Pool(planners) as pool:
         folder = Path(folder)
+        plans = []
+        for flags in runs if has_plan else ():             # a CPU's GiB are of the whole process
+            plans.append(pool.apply_async(planned_gib, (flags, args.config, args.shape, args.ranks)))
         if not args.weights:
-            with multiprocessing.get_context("spawn").Pool(1) as pool:
-                pool.apply(write_weights, (folder / "weights", args.config))
+            with spawn.Pool(1) as writer:
+                writer.apply(write_weights, (folder / "weights", args.config))
         write_pairs(folder / "data", args.config, args.shape, args.ranks)
-        for flags, step in steps:
+        for number, (flags, step) in enumerate(steps):
             log = measure(args, folder, flags, step.batch_size)
             row = {"flags": " ".join(flags)}
             if isinstance(log, str):
@@ -325,9 +334,8 @@ def time_runs(args, runs):
                 speed = step.batch_size * step_flops(step, args.config, args.tokens) / args.ranks / seconds
                 row |= {"seconds": seconds, "TFLOP/s": speed / 1e12, "MFU": speed / peak}
                 row["GiB"] = max(line["memory_gib"] for line in log)
-            if torch.cuda.device_count() or args.with_plan:                    # a CPU's GiB are of the whole process
-                plan = extrapolate(("--ema_decay", "0", *flags), args.config, args.shape, args.ranks)
-                row["planned GiB"] = plan.peak / 2 ** 30
+            if has_plan:
+                row["planned GiB"] = plans[number].get()
                 if "GiB" in row:
                     row["plan off by"] = f"{100 * (row['planned GiB'] / row['GiB'] - 1):+.1f} %"
             print(table_line(row, TIMES), flush=True)
