@@ -24,23 +24,25 @@ from weights import public_config
 
 ABOUT = f"""# The longest video that fits, with one technique after the other
 
-`python benchmarks/ladder.py > benchmarks/ladder.md`, torch {torch.__version__}, no GPU: the figures of `dry_run.py` on
-the real step. A GPU keeps 6 of its 80 GB for what is not counted there, and has 200 GB of CPU memory (8 share 2 TB, of
-which some is left). Full fine-tuning with Reg-DPO, float32 weights and AdamW, matrices in bf16, one pair at a time, no
-EMA. The first row is diffusers' model as its users run it: FSDP2, every block checkpointed, both branches in one batch,
-a bf16 reference sharded like the policy.
+`python benchmarks/ladder.py > benchmarks/ladder.md`, torch {torch.__version__}, no GPU: the figures of
+`dry_run.py` on the real step. A GPU keeps 6 of its 80 GB for what is not counted there, and has 200
+GB of CPU memory (8 share 2 TB, of which some is left). Full fine-tuning with Reg-DPO, float32
+weights and AdamW, matrices in bf16, one pair at a time, no EMA. The first row is diffusers' model
+as its users run it: FSDP2, every block checkpointed, both branches in one batch, a bf16 reference
+sharded like the policy.
 
-Bytes are those of a rank and a step. FLOPs: those run, over those needed (forward, backward and reference once each;
-what flash attention does twice in its backward is in the first figure only). Time: an estimate, over that of the needed
-FLOPs alone, at {bench.FLOPS / 1e12:g} TFLOP/s, {bench.HOST / 1e9:g} GB/s between a GPU and its host,
-{bench.LINKS / 1e9:g} GB/s between GPUs, {bench.CPU_MEMORY / 1e9:g} GB/s of CPU memory for AdamW of a rank there.
-Transfers to the host and FSDP's gathers hide behind the FLOPs while they are shorter; context parallelism's exchanges
-and AdamW on the CPU do not."""
+Bytes are those of a rank and a step. FLOPs: those run, over those needed (forward, backward and
+reference once each; what flash attention does twice in its backward is in the first figure only).
+Time: an estimate, over that of the needed FLOPs alone, at {bench.FLOPS / 1e12:g} TFLOP/s, {bench.HOST / 1e9:g} GB/s between a GPU
+and its host, {bench.LINKS / 1e9:g} GB/s between GPUs, {bench.CPU_MEMORY / 1e9:g} GB/s of CPU memory for AdamW of a rank there.
+Transfers to the host and FSDP's gathers hide behind the FLOPs while they are shorter; context
+parallelism's exchanges and AdamW on the CPU do not."""
 NOTES = """
-`full` takes blocks whole up to one chunk (8,192 tokens) and in chunks beyond; with `--chunk_tokens 0` always whole.
-Where CPU memory is the limit (200), moving weights and AdamW there too gains nothing; FSDP pins its shards and
-gradients there, and torch rounds each up to a power of two, which is counted. The rows are found from 4 and 6 blocks,
-and from 16,384 and 32,768 tokens a rank where there are more chunks."""
+`full` takes blocks whole up to one chunk (8,192 tokens) and in chunks beyond; with
+`--chunk_tokens 0` always whole. Where CPU memory is the limit (200), moving weights and AdamW there
+too gains nothing; FSDP pins its shards and gradients there, and torch rounds each up to a power of
+two, which is counted. The rows are found from 4 and 6 blocks, and from 16,384 and 32,768 tokens a
+rank where there are more chunks."""
 COLUMNS = ("with", "tokens", "times", "frames at 480 x 832", "CPU GB", "PCIe GB", "GPU-GPU GB", "FLOPs", "time",
            "time at the first row's tokens", "flags")
 PEER = "diffusers' blocks"
@@ -135,7 +137,7 @@ def climb(name, ranks, guesses):
 
 
 # what an earlier run found, in latent frames of 512 tokens: a search that begins near its end is short
-GUESSES_14B = (50, 2, 8, 22, 33, 70, 133, 84, 166, 476, 953, 1907, 3633, 1560)
+GUESSES_14B = (50, 2, 8, 22, 33, 63, 133, 84, 166, 476, 953, 1907, 3633, 1560)
 GUESSES_1_3B = (205, 11, 40, 130, 145, 350, 600, 320, 687, 2119, 1800)
 
 if __name__ == "__main__":
