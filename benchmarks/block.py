@@ -166,8 +166,8 @@ def of_a_layer(build, size, mode, with_backward=False):
 
 
 def print_counts():
-    print("Bytes that a layer keeps for backward per token and channel: bf16, one video of 81 frames at 480 x 832 "
-          "(32,760 tokens).\nBelow ours, the FLOPs of a layer's forward and backward over those of off.\n")
+    print("Bytes that a layer keeps for backward per token and channel: bf16, one video of 81 frames at\n"
+          "480 x 832 (32,760 tokens). Below ours, the FLOPs of a layer's forward and backward over those\nof off.\n")
     print("| | " + " | ".join(MODES) + " |\n| --- |" + " --- |" * len(MODES))
     for size in ("1.3b", "14b"):
         counts = {mode: of_a_layer(ours, size, mode, with_backward=True) for mode in MODES}
@@ -210,8 +210,9 @@ def print_times(size, variants, rounds):
     config, latents = SIZES[size]
     tokens = config.count_tokens((config.out_dim, *latents))
     seconds, losses = process_times(size, variants, rounds)
-    print(f"\nProcess time of forward and backward, float32, one thread, the same weights: {size} (width {config.dim}, "
-          f"FFN {config.ffn_dim}, layers {config.num_layers}, {tokens:,} tokens), {rounds} rounds in turn.\n")
+    print(f"\nProcess time of forward and backward, float32, one thread, the same weights: {size} (width\n"
+          f"{config.dim}, FFN {config.ffn_dim}, layers {config.num_layers}, {tokens:,} tokens), {rounds} rounds "
+          "in turn.\n")
     print("| | median ms | ratio to ours, off: median (quartiles) | loss |\n| --- | --- | --- | --- |")
     for name in variants:
         ratios = [own / off for own, off in zip(seconds[name], seconds["ours, off"])]

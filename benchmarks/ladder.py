@@ -22,6 +22,8 @@ import train
 from dry_run import token_count
 from weights import public_config
 
+FLOPS, HOST = f"{bench.FLOPS / 1e12:g} TFLOP/s", f"{bench.HOST / 1e9:g} GB/s"
+LINKS, CPU = f"{bench.LINKS / 1e9:g} GB/s", f"{bench.CPU_MEMORY / 1e9:g} GB/s"
 ABOUT = f"""# The longest video that fits, with one technique after the other
 
 `python benchmarks/ladder.py > benchmarks/ladder.md`, torch {torch.__version__}, no GPU: the figures of
@@ -33,8 +35,8 @@ sharded like the policy.
 
 Bytes are those of a rank and a step. FLOPs: those run, over those needed (forward, backward and
 reference once each; what flash attention does twice in its backward is in the first figure only).
-Time: an estimate, over that of the needed FLOPs alone, at {bench.FLOPS / 1e12:g} TFLOP/s, {bench.HOST / 1e9:g} GB/s between a GPU
-and its host, {bench.LINKS / 1e9:g} GB/s between GPUs, {bench.CPU_MEMORY / 1e9:g} GB/s of CPU memory for AdamW of a rank there.
+Time: an estimate, over that of the needed FLOPs alone, at {FLOPS}, {HOST} between a GPU
+and its host, {LINKS} between GPUs, {CPU} of CPU memory for AdamW of a rank there.
 Transfers to the host and FSDP's gathers hide behind the FLOPs while they are shorter; context
 parallelism's exchanges and AdamW on the CPU do not."""
 NOTES = """
