@@ -73,14 +73,14 @@ d() {   # a Reg-DPO step of 1.3B: seconds, GiB next to the plan's, TFLOP/s, MFU
     $bench --model $model $clip --weights "$inputs/weights" $timed $runs
 }
 e() {   # the longest clip of two rungs of ladder.md on a card of 80 GB: it must run and take what the plan says
-    local rungs=("selective" "full, blocks whole") rung row tokens flags
-    if [[ -n $dry ]]; then rungs=("selective"); fi
-    for rung in "${rungs[@]}"; do
-        row=$(sed -n '/1 GPU/,$p' benchmarks/ladder.md | grep "^| $rung |" | head -n 1)
-        tokens=$(cut -d '|' -f 3 <<< "$row" | tr -d ' ,')
-        flags=$(cut -d '|' -f 12 <<< "$row")
-        if [[ -n $dry ]]; then tokens=64; fi
-        echo "## $rung"
+    local rungs=("--checkpointing selective" "--checkpointing full --chunk_tokens 0") flags tokens
+    if [[ -n $dry ]]; then rungs=("--checkpointing selective"); fi
+    for flags in "${rungs[@]}"; do
+        tokens=64
+        if [[ -z $dry ]]; then
+            tokens=$($bench --plan --model $model --tokens 32768 --ema_decay 0 $flags | grep "fits so" |
+                     grep -o "[0-9,]* tokens" | tr -dc 0-9)
+        fi
         $bench --model $model --tokens "$tokens" --within 80 --weights "$inputs/weights" $timed --warm_up 0 --timed 1 \
             $flags
     done
