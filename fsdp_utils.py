@@ -14,10 +14,12 @@ from functools import partial
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import StateDictOptions
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from lora import adapter_weights, add_adapters, lora_layers
 from memory import MemoryFlags, save_memory
 from model import ScoreHead, WanModel
 from weights import find_weights, open_wan
@@ -285,6 +287,18 @@ def shard_model(model, mesh, offload=False):
     return model
 
 
+def store_frozen(model, dtype):
+    """
+    Keep the frozen weights that shard_model gathers in dtype (None: as they are stored) in that dtype, before it shards
+    them: the same numbers in half the memory.
+    """
+    full = [p for part in (model.time_embedding, model.time_projection, model.head) for p in part.parameters()]
+    kept = {id(p) for p in full}
+    for param in model.parameters():
+        if dtype and not param.requires_grad and id(param) not in kept:
+            param.data = param.data.to(dtype)
+
+
 def my_rows(param):
     """Return the first row of a sharded parameter that this rank holds, and the one after the last."""
     rows, ranks, rank = param.shape[0], param.device_mesh.shape[-1], param.device_mesh.get_coordinate()[-1]
@@ -323,7 +337,7 @@ def open_weights(path, config, seed):
     return tensors | {f"head.{name}": tensor for name, tensor in head.items()}, True
 
 
-def build_model(path, config, ranks, memory=MemoryFlags(), trained=False, offload=False, seed=0):
+def build_model(path, config, ranks, memory=MemoryFlags(), trained=False, offload=False, seed=0, lora=None):
     """
     Build the model of config with the weights at path, sharded over the ranks; each rank reads only its own rows. The
     path "scratch" draws them from seed.
@@ -331,6 +345,7 @@ def build_model(path, config, ranks, memory=MemoryFlags(), trained=False, offloa
     A preference model (config.scores) is loaded where path holds one. From a velocity model it takes the blocks,
     frozen, and gets a new head: with the blocks trained too, 150 steps on 320 pairs learnt those by heart (held-out
     accuracy 0.5 at any sigma; 0.86 at sigma 0.1 with the head alone), and frozen blocks keep no activations.
+    lora: a lora.LoraPlan, whose adapters are all that is trained then.
     memory, trained: see memory.save_memory. offload: see shard_model.
     """
     if config.num_heads % ranks.cp_size:
@@ -347,6 +362,10 @@ def build_model(path, config, ranks, memory=MemoryFlags(), trained=False, offloa
         if head_is_new:
             model.requires_grad_(False)
             model.head.requires_grad_(True)
+    if lora:
+        add_adapters(model, lora.layers, lora.rank, lora.alpha, keep_initial=bool(lora.initial))
+        tensors = tensors | adapter_weights(model, lora, seed)
+        store_frozen(model, matrix_dtype(ranks.device.type))
     if ranks.cp_size > 1:
         ContextParallel(model, ranks.cp_group)
     save_memory(model, memory, trained)
@@ -355,6 +374,15 @@ def build_model(path, config, ranks, memory=MemoryFlags(), trained=False, offloa
         model.to_empty(device="cpu" if offload else ranks.device)
         load_weights(model, tensors)
     return model
+
+
+def state_options(model):
+    """
+    Return how a model's state is taken and set for checkpoints: all of it, or its adapters alone, where it has some,
+    since --init has the rest.
+    """
+    has_adapters = bool(lora_layers(model))
+    return StateDictOptions(ignore_frozen_params=has_adapters, strict=not has_adapters)
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -401,6 +429,10 @@ def clip_gradients(params, max_norm, scale=1.0):
 
 @torch.no_grad()
 def ema_update(ema, policy, decay):
-    """ema <- decay * ema + (1 - decay) * policy, on the local shards, without communication."""
-    averages = [p.to_local() for p in ema.parameters()]
-    torch._foreach_lerp_(averages, [p.to_local() for p in policy.parameters()], 1 - decay)
+    """
+    ema <- decay * ema + (1 - decay) * policy, on the local shards, without communication. ema: a model like policy, or
+    a lora.Average of its adapters.
+    """
+    weights = dict(policy.named_parameters())
+    averages = [average.to_local() for _, average in ema.named_parameters()]
+    torch._foreach_lerp_(averages, [weights[name].to_local() for name, _ in ema.named_parameters()], 1 - decay)

@@ -101,7 +101,8 @@ def save_memory(model, flags, trained):
             whole_up_to = chunk_size if flags.checkpointing == "full" else 0
             run_in_chunks(block, chunk_size, whole_up_to, flags.compile)
         if mode == "selective":
-            block.forward = recomputed(block.forward, keep_products(model.config.ffn_dim))
+            rank = getattr(model, "lora_rank", 0)
+            block.forward = recomputed(block.forward, keep_products(model.config.ffn_dim, rank))
         if mode == "chunked" and not offload:
             keep_attention_only(block)
         if flags.compile and not chunk_size:
@@ -116,6 +117,12 @@ def save_memory(model, flags, trained):
 
 # ----------------------------------------------------------------------------------------------------------------------
 # how much it is
+
+def reset_memory_gib(device):
+    """Let memory_gib look at what comes after this, where it can: on a GPU."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+
 
 def memory_gib(device):
     """Return the most that this rank has held: GPU memory since the last reset, or on a CPU memory of this process."""
@@ -140,20 +147,24 @@ def kept_bytes(config, flags, size):
     return 36 + size * (11 + image + 2 * config.ffn_dim / config.dim)
 
 
-def memory_plan(args, config, parameters, tokens, videos, needs_ref, ranks, trainable=1.0):
+def memory_plan(args, model, tokens, videos, needs_ref, ranks):
     """
-    Return what each rank will hold, as a line of text. tokens: of a video; videos: how many have their graph alive at
-    once, 0 where blocks are frozen; trainable: the share of parameters that are not frozen.
+    Return what each rank will hold of a policy, and besides, as a line of text. tokens: of a video; videos: how many
+    have their graph alive at once, 0 where blocks are frozen.
     """
-    shard = 4 * parameters / ranks.mesh.shape[-1] / 2 ** 30                    # GiB of float32
+    unit = ranks.mesh.shape[-1] * 2 ** 30                  # GiB of a rank's shard
+    weights = sum(p.numel() * p.dtype.itemsize for p in model.parameters()) / unit
+    trained = sum(p.numel() * p.dtype.itemsize for p in model.parameters() if p.requires_grad) / unit
     params_place = " (CPU)" if args.offload_params else ""
-    ref_place = {"live": "", "offload": " (CPU)", "cached": " while it is scored, then 0"}[args.ref]
-    parts = [f"weights {shard:.3f}{params_place}", f"gradients {trainable * shard:.3f}{params_place}",
-             f"AdamW {2 * trainable * shard:.3f}{params_place}"]
-    if needs_ref:
-        parts.append(f"reference {shard:.3f}{ref_place}")
+    ref_place = {"offload": " (CPU)", "cached": " while it is scored, then 0"}.get(args.ref, "")
+    parts = [f"weights {weights:.3f}{params_place}", f"gradients {trained:.3f}{params_place}",
+             f"AdamW {2 * trained:.3f}{params_place}"]
+    if needs_ref and not args.lora_rank:                   # whose reference is the policy's own weights
+        parts.append(f"reference {weights:.3f}{ref_place}")
     if args.ema_decay:
-        parts.append(f"ema {shard:.3f}{params_place}")
+        averaged = trained if args.lora_rank else weights
+        parts.append(f"ema {averaged:.3f}{params_place}")
+    config = model.config
     matrix_size = 2 if ranks.device.type == "cuda" else 4
     share = -(-tokens // ranks.cp_size)
     kept = kept_bytes(config, check_memory_flags(args), matrix_size)
@@ -194,13 +205,17 @@ def recomputed(f, policy=None):
     return partial(checkpoint, f, use_reentrant=False, preserve_rng_state=False, **options)        # Wan has no dropout
 
 
-def keep_products(ffn_dim):
+def keep_products(ffn_dim, rank):
     """
-    Return a policy that keeps attention and matrix products but for those that are ffn_dim wide. These take most of
-    the memory (12 of 34 bytes in 1.3B) and the least time to recompute for it.
+    Return a policy that keeps attention and matrix products but for those that are ffn_dim wide, which take most of the
+    memory (12 of 34 bytes in 1.3B) and the least time to recompute for it, and those whose inner dimension is rank,
+    that of adapters (0: none), which are as large as the layer's own product and take next to no time.
     """
     def policy(context, op, *args, **kwargs):
-        is_kept = op in ATTENTION_OPS or (op in PRODUCT_OPS and args[-1].shape[-1] != ffn_dim)
+        is_kept = op in ATTENTION_OPS
+        if op in PRODUCT_OPS:
+            inner, outer = args[-1].shape[-2:]
+            is_kept = outer != ffn_dim and inner != rank
         return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
     return policy
 

@@ -17,7 +17,7 @@ from tqdm import tqdm
 from samples import seed_of, write_whole
 from fsdp_utils import matrix_dtype, positions_of
 
-DECIDE_ERRORS = ("init", "data", "seed", "timestep_sampling", "flow_shift", "min_timestep", "max_timestep")
+DECIDE_ERRORS = ("init", "init_lora", "data", "seed", "timestep_sampling", "flow_shift", "min_timestep", "max_timestep")
 
 
 def numerical_path(args, memory, ranks):

@@ -17,6 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch import nn
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
@@ -26,8 +27,8 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 
-from samples import write_whole
-from fsdp_utils import extremes, total
+from samples import weights_digest, write_whole
+from fsdp_utils import extremes, state_options, total
 from step_folder import Planner, Reader
 
 LOCKS = []    # open file descriptors of locked folders
@@ -118,11 +119,15 @@ def run_settings(args, may_change, **contents):
     and fingerprints of what --init, --data and the like hold.
     """
     flags = {name: value for name, value in vars(args).items() if name not in may_change and name != "defaults"}
+    contents["init_lora"] = weights_digest(args.init_lora) if args.init_lora else "fresh"
     return flags | contents
 
 
-def describe_run(args, dataset, tokens, start, ranks, model, memory):
-    """What will happen, as lines of text. model, memory: the lines about them; tokens: of a video."""
+def describe_run(args, dataset, tokens, start, ranks, name, model, memory):
+    """What will happen, as lines of text. name: of the model; memory: the line about it; tokens: of a video."""
+    parameters = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    share_trained = "" if trained == parameters else f", {trained:,} of them trained"
     item = dataset[0]
     unit = "pairs" if "lose" in item else "samples"
     data = (f"{len(dataset):,} {unit} in {'the embedded world' if args.data == 'toy' else args.data}, latents "
@@ -139,7 +144,8 @@ def describe_run(args, dataset, tokens, start, ranks, model, memory):
         branches = "one branch each" if sharing > args.cp_size else "both branches"
         step += f" (one data rank: {sharing} ranks, {branches}, tokens over {args.cp_size})"
     epochs = (args.steps - start) * args.batch_size / len(dataset)
-    return [f"{model}; {ranks.world} ranks on {ranks.device.type}, torch {torch.__version__}", memory, data,
+    model_line = f"{name}: {parameters:,} parameters{share_trained}; {ranks.world} ranks on {ranks.device.type}"
+    return [f"{model_line}, torch {torch.__version__}", memory, data,
             f"{step}; steps {start} to {args.steps} = {epochs:.1f} epochs; log in {args.out / 'log.jsonl'}"]
 
 
@@ -329,10 +335,12 @@ def check_first_margin(margin, beta, half):
 
 def state_of(policy, optimizer, ema):
     """What a checkpoint holds: this rank's shards, {"model", "optimizer", and "ema" where there is one}."""
-    model, moments = get_state_dict(policy, optimizer)
+    model, moments = get_state_dict(policy, optimizer, options=state_options(policy))
     state = {"model": model, "optimizer": moments}
-    if ema is not None:
+    if isinstance(ema, nn.Module):
         state["ema"] = get_model_state_dict(ema)
+    elif ema is not None:                                  # of adapters: tensors that a load fills in place
+        state["ema"] = dict(ema.named_parameters())
     return state
 
 
@@ -438,8 +446,9 @@ def load_checkpoint(folder, policy, optimizer, ema):
         raise ValueError(
             f"--resume {folder}: it is damaged ({first_cause(error)}); resume from another step folder"
         ) from error
-    set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-    if ema is not None:
+    set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
+                   options=state_options(policy))
+    if isinstance(ema, nn.Module):
         set_model_state_dict(ema, state["ema"])
     return saved["step"], saved.get("skipped", 0)
 

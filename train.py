@@ -21,18 +21,20 @@ import torch.distributed as dist
 from torch.distributed.elastic.multiprocessing.errors import record
 
 import evaluate
+import lora
 import losses
 import run_folder
 from curves import Watch
 from data import branch, collate, draw, empty_caption, order, randomness
+from export import export_run
 from fsdp_utils import build_model, clip_gradients, ema_update, exchange_branches, make_optimizer, matrix_dtype
 from fsdp_utils import positions_of, start_ranks
 from losses import add_noise, flow_error, importance_weight, next_sigma, safeguard_coefficient, velocity_target
-from memory import add_memory_flags, check_memory_flags, memory_gib, memory_plan
+from memory import add_memory_flags, check_memory_flags, memory_gib, memory_plan, reset_memory_gib
 from model import CONFIGS, hold_first_frame
 from ref_cache import RefErrors
 from samples import weights_digest
-from weights import check_timesteps, export_weights, find_model, locate_weights, refuse_lone_expert
+from weights import check_timesteps, find_model, locate_weights, refuse_lone_expert
 
 # ------------------------------------------------------------------------------------------------------------------
 # objectives: to add one, write its function in losses.py and its row in OBJECTIVES
@@ -163,12 +165,13 @@ def parse_args(argv):
     add("--max_grad_norm", type=float, default=1.0, help="clip the gradient to this norm; inf: do not clip")
     add("--loss_scale", type=float, default=0.0, help="of the gradient; 0: c_win starts at about 1")
     add("--ema_decay", type=float, default=0.98, help="of the average that is exported; 0: no average")
+    lora.add_lora_flags(p)       # --lora_rank --lora_alpha --lora_targets --init_lora
     # memory and ranks
     add("--backward", default="joint", choices=["joint", "sequential", "pair"], help="see backward_batch")
     add("--cp_size", type=int, default=1, help="ranks that share the tokens of each video")
     add("--replicate", type=int, default=1, help="groups of ranks (nodes) that each hold all weights")
-    add("--ref", default="live", choices=["live", "offload", "cached"],
-        help="the frozen reference: sharded like the policy, in CPU memory, or scored once before training and dropped")
+    add("--ref", default="auto", choices=["auto", "live", "offload", "cached"],
+        help="the frozen reference: sharded, in CPU memory, or scored once; auto: live, or the policy's first adapters")
     add_memory_flags(p)     # --checkpointing --chunk_tokens --compile --offload_activations --offload_params
     # the run's folder
     run_folder.add_folder_flags(p, save_every=100)     # --save_every --keep --save_minutes --resume
@@ -197,6 +200,7 @@ def objective_flags():
 def check_args(args, ranks):
     """Refuse flags that cannot work, before anything is loaded, and fill in what follows from others. ValueError."""
     run_folder.check_common_flags(args, ranks)
+    lora.check_lora_flags(args)
     check_objective(args, OBJECTIVES[args.loss])
     draw(0, 0, (1,), args.flow_shift, args.min_timestep, args.max_timestep)    # checks the range of sigma
     if args.bad_samples == "skip" and args.ref == "cached":
@@ -227,7 +231,7 @@ def check_objective(args, objective):
         raise ValueError(f"--backward {args.backward} is about the two branches of a pair; --loss {args.loss} has one")
     if not objective.reads_pairs and args.hold_back:
         raise ValueError(f"--hold_back {args.hold_back} keeps pairs for a probe; --loss {args.loss} reads none")
-    if not objective.needs_ref and args.ref != "live":
+    if not objective.needs_ref and args.ref in ("offload", "cached"):
         raise ValueError(f"--ref {args.ref} is about the reference of a loss like dpo; --loss {args.loss} has none")
     if objective.needs_outputs and args.backward == "pair":
         raise ValueError(f"--loss {args.loss} needs both outputs on one rank; use --backward joint or sequential")
@@ -420,6 +424,7 @@ def main(args, dataset=None):
     memory = check_memory_flags(args)
     objective = OBJECTIVES[args.loss]
     config = open_model(args)                              # a damaged file is reported before anything is made
+    adapters = lora.plan_lora(args, config)                # None: all weights are trained
     per_rank = args.batch_size // (ranks.data_ranks * args.grad_accum)
 
     # ---------------- data
@@ -434,20 +439,20 @@ def main(args, dataset=None):
     run_folder.check_same_run(args.resume, fixed)
     cached = RefErrors(args, fixed, memory, ranks) if args.ref == "cached" else None
 
-    # ---------------- models
+    # ---------------- models and optimizer
     trained_config = replace(config, scores=objective.trains_scores)
 
-    def build(config, trained=False, offload=False):
-        return build_model(args.init, config, ranks, memory, trained, offload, args.seed)
+    def build_frozen(config, offload=False):
+        return build_model(args.init, config, ranks, memory, False, offload, args.seed).eval().requires_grad_(False)
 
-    policy, ref = build(trained_config, trained=True, offload=args.offload_params), None
-    if objective.needs_ref and not (cached and cached.is_complete):
-        ref = build(config, offload=args.ref == "offload").eval().requires_grad_(False)
-    ema = build(trained_config, offload=args.offload_params).eval().requires_grad_(False) if args.ema_decay else None
+    policy = build_model(args.init, trained_config, ranks, memory, True, args.offload_params, args.seed, adapters)
+    ref = lora.Reference(policy) if adapters else None
+    if not adapters and objective.needs_ref and not (cached and cached.is_complete):
+        ref = build_frozen(config, offload=args.ref == "offload")
+    ema = None
+    if args.ema_decay:
+        ema = lora.Average(policy) if adapters else build_frozen(trained_config, offload=args.offload_params)
     averaged = policy if ema is None else ema              # what is sampled, probed and exported
-
-    # ---------------- optimizer
-    trainable = [p for p in policy.parameters() if p.requires_grad]
     optimizer = make_optimizer(policy, args.weight_decay, args.loss_scale)
 
     # ---------------- what is looked at, while the policy is still the reference
@@ -463,19 +468,16 @@ def main(args, dataset=None):
 
     # ---------------- what will happen
     tokens = config.count_tokens(dataset[0]["win"].shape)                     # of a video
-    parameters = sum(p.numel() for p in policy.parameters())
-    learning = sum(p.numel() for p in trainable)
     branches = 2 if objective.reads_pairs else 1           # videos of an item
     at_once = per_rank * (branches if args.backward == "joint" else 1)        # videos whose graph is alive
     at_once *= not objective.trains_scores                 # a preference model's blocks are frozen
     if ranks.rank == 0:
-        plan = memory_plan(args, config, parameters, tokens, at_once, objective.needs_ref, ranks, learning / parameters)
-        model = f"{args.model}: {parameters:,} parameters"
-        print("\n".join(run_folder.describe_run(args, dataset, tokens, start, ranks, model, plan)))
+        plan = memory_plan(args, policy, tokens, at_once, objective.needs_ref, ranks)
+        print("\n".join(run_folder.describe_run(args, dataset, tokens, start, ranks, args.model, policy, plan)))
         if objective.reads_pairs and not args.resume:
             print(evaluate.audit_report(dataset, args.min_timestep / 1000))
     if held_out and args.init != "scratch":
-        held_out.judge("before", build(config) if ref is None else ref, ranks, keep=True)
+        held_out.judge("before", build_frozen(config) if ref is None else ref, ranks, keep=True)
     if cached:
         def errors_at(positions):
             return reference_errors(args, ref, read_batch(args, dataset, positions, ranks.device), ranks)
@@ -487,13 +489,11 @@ def main(args, dataset=None):
     watch = Watch(rows)
     margin_beta = args.beta if BETA in objective.flags else 1.0
     in_bf16 = matrix_dtype(ranks.device.type) is not None
-    # FSDP averages over ranks; a step is the mean over its pairs
-    scale = args.loss_scale * ranks.world / args.batch_size
+    scale = args.loss_scale * ranks.world / args.batch_size        # FSDP averages over ranks, a step over its pairs
     signals = run_folder.Signals(args.save_minutes)
     for step in range(start, args.steps):
         began = time.perf_counter()
-        if ranks.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()           # of this step, without the sampling before it
+        reset_memory_gib(ranks.device)                     # of this step, without the sampling before it
         sums, margins, samples = {}, [], []
         for positions in positions_of(args, ranks, step):
             batch = read_batch(args, dataset, positions, ranks.device)
@@ -508,7 +508,7 @@ def main(args, dataset=None):
 
         # dpo_cm takes the mean over the pairs that it kept; a step that keeps none changes nothing
         kept = sums["pairs"] / max(1, sums["kept"]) if "kept" in sums else 1.0
-        row["grad_norm"] = clip_gradients(trainable, args.max_grad_norm, kept)
+        row["grad_norm"] = clip_gradients(policy.parameters(), args.max_grad_norm, kept)
         row["lr"] = learning_rate(args, step)
         for group in optimizer.param_groups:
             group["lr"] = row["lr"]
@@ -544,7 +544,7 @@ def main(args, dataset=None):
     # ---------------- results
     signals.close()
     if ranks.rank == 0:
-        export_weights(checkpoint, args.out / "export")
+        export_run(checkpoint, args.out / "export")
     if objective.trains_scores and args.eval_clips and evaluate.is_toy_data(dataset):
         evaluate.mark_scores(args, config, ranks, both_errors, averaged)
     if held_out:

@@ -27,15 +27,17 @@ import toy
 from data import collate, order, randomness
 from samples import weights_digest
 from evaluate import Captions, HeldOut, open_captions, sampler_of
+from export import export_run
 from fsdp_utils import build_model, clip_gradients, ema_update, make_optimizer, matrix_dtype, positions_of
 from fsdp_utils import spread, start_ranks, total
+from lora import Average, Reference, add_lora_flags, check_lora_flags, plan_lora
 from losses import add_noise, spo_loss
-from memory import add_memory_flags, check_memory_flags, memory_gib, memory_plan
+from memory import add_memory_flags, check_memory_flags, memory_gib, memory_plan, reset_memory_gib
 from run_folder import Signals, add_folder_flags, begin_log, check_common_flags, check_first_margin, report_skipped
 from run_folder import check_folder, check_same_run, describe_run, load_checkpoint, lock_folder, log_row
 from run_folder import releases_locks, run_settings
 from sample import KERNELS, call_model, log_density, step_coefficients, step_distribution, uniform_grid
-from weights import export_weights, find_experts, locate_weights, open_wan
+from weights import find_experts, locate_weights, open_wan
 
 LARGEST_WEIGHT = 10.0   # of --step_weight inverse; the first of 20 steps would have 30
 # What may differ from the run that is resumed; all else must not, and --init, --score and --data must hold the same.
@@ -82,9 +84,11 @@ def parse_args(argv):
     p.add_argument("--warmup_steps", type=int, default=10, help="first updates, over which the learning rate rises")
     p.add_argument("--max_grad_norm", type=float, default=1.0, help="clip the gradient of loss / beta; inf: do not")
     p.add_argument("--ema_decay", type=float, default=0.95, help="of the average that is exported; 0: no average")
+    add_lora_flags(p)       # --lora_rank --lora_alpha --lora_targets --init_lora
     # memory and ranks
     p.add_argument("--cp_size", type=int, default=1, help="ranks that share the tokens of each video")
-    p.add_argument("--ref", default="live", choices=["live", "offload"], help="offload: reference and judge on the CPU")
+    p.add_argument("--ref", default="auto", choices=["auto", "live", "offload"], help="offload: it and --score on the "
+                   "CPU; auto: live, or with adapters the policy with its initial ones")
     add_memory_flags(p)     # --checkpointing --chunk_tokens --compile --offload_activations --offload_params
     # the run's folder
     add_folder_flags(p, save_every=10)      # --save_every --keep --save_minutes --resume
@@ -97,6 +101,7 @@ def check_args(args, ranks):
     """Refuse flags that cannot work, before anything is loaded or written, and fill in what follows from others."""
     check_common_flags(args, ranks)
     check_memory_flags(args)
+    check_lora_flags(args)
     args.eta = KERNELS[args.kernel] if args.eta == -1 else args.eta
     args.branch_from = math.ceil(args.unbranched * args.sample_steps)         # the first step with a pool
     pools = args.sample_steps - 1 - args.branch_from       # the last step never has one
@@ -403,11 +408,6 @@ def summarise(sums, pairs_at, captions):
     return {"score_end": by_step["score"][-1], **means, "pairs": sum(pairs_at), **row, "by_step": by_step}
 
 
-def learning_rate(args, update):
-    """The learning rate of an optimizer step: a linear rise over --warmup_steps, then constant."""
-    return args.learning_rate * min(1.0, (update + 1) / max(1, args.warmup_steps))
-
-
 def evaluate(args, held_out, title, model, ranks):
     """Mark a model's clips of held-out captions, made with the roll-outs' sampler and, as in train.py, with Euler."""
     captions = Captions(held_out.captions)
@@ -429,6 +429,7 @@ def main(args):
     ranks = start_ranks(cp_size=args.cp_size)
     check_args(args, ranks)
     config = open_policy(args.init)                             # damaged files are reported before anything is made
+    lora = plan_lora(args, config)                         # None: all weights are trained
     judge_config = None if args.score == "toy" else open_judge(args.score, config)
     pools = args.sample_steps - 1 - args.branch_from       # sampler steps with a pool; the last step has none
 
@@ -442,19 +443,21 @@ def main(args):
 
     # ---------------- models and optimizer
     memory = check_memory_flags(args)
-    policy = build_model(args.init, config, ranks, memory, trained=True, offload=args.offload_params)
+    policy = build_model(args.init, config, ranks, memory, trained=True, offload=args.offload_params, seed=args.seed,
+                         lora=lora)
 
     def build_frozen(path, config, offload):
         return build_model(path, config, ranks, memory, offload=offload).eval().requires_grad_(False)
 
-    ref = build_frozen(args.init, config, offload=args.ref == "offload")
-    ema = build_frozen(args.init, config, offload=args.offload_params) if args.ema_decay else None
+    ref = Reference(policy) if lora else build_frozen(args.init, config, offload=args.ref == "offload")
+    ema = None
+    if args.ema_decay:
+        ema = Average(policy) if lora else build_frozen(args.init, config, offload=args.offload_params)
     averaged = policy if ema is None else ema              # what is evaluated and exported
     score = toy_score(ref, args.guidance)
     if judge_config:
-        judge = build_frozen(args.score, judge_config, offload=args.ref == "offload")
+        judge = build_frozen(args.score, judge_config, offload=args.ref == "offload" or args.offload_params)
         score = preference_score(judge, ref, args.guidance, args.seed)
-    trainable = list(policy.parameters())
     optimizer = make_optimizer(policy, args.weight_decay, loss_scale=1 / args.beta)
 
     # ---------------- resume
@@ -468,14 +471,12 @@ def main(args):
 
     # ---------------- what will happen
     latents = captions[0]["win"]
-    parameters = sum(p.numel() for p in trainable)
     tokens = config.count_tokens(latents.shape)
     if ranks.rank == 0:
-        model = f"{args.init}: {parameters:,} parameters"
-        plan = memory_plan(args, config, parameters, tokens, share, True, ranks)
+        plan = memory_plan(args, policy, tokens, share, True, ranks)
         gib = 3 * pools * share * args.grad_accum * latents.numel() * 4 / 2 ** 30
         plan += f", the preference model, and the states of {pools} pools, {gib:.3f}"
-        print("\n".join(describe_run(args, captions, tokens, start, ranks, model, plan)))
+        print("\n".join(describe_run(args, captions, tokens, start, ranks, args.init, policy, plan)))
         print(f"a roll-out: {args.sample_steps} sampler steps ({args.kernel}, eta {args.eta:g}), all after the first "
               f"{args.branch_from} but the last with pools of {args.pool}; {args.updates} updates")
     held_out = HeldOut(args.eval_clips, sampler_of(args)) if args.data == "toy" and args.eval_clips else None
@@ -486,8 +487,7 @@ def main(args):
     signals = Signals(args.save_minutes)
     for step in range(start, args.steps):
         began = time.perf_counter()
-        if ranks.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()           # of this step, without the sampling before it
+        reset_memory_gib(ranks.device)                     # of this step, without the sampling before it
         rolled, sums, seconds_score = roll_out_step(args, policy, score, captions, step, ranks)
         row = {"step": step, "seconds_rollout": time.perf_counter() - began, "seconds_score": seconds_score}
         kept = total_of_videos({index: sums[f"kept/{index}"] for index in range(pools)}, ranks)
@@ -506,10 +506,10 @@ def main(args):
             if step == 0 and not norms:
                 row["first_margin"] = total_of_videos(sums, ranks)["margin_abs"] / pairs
                 check_first_margin(row["first_margin"], args.beta, half=matrix_dtype(ranks.device.type) is not None)
-            norms.append(clip_gradients(trainable, args.max_grad_norm))
+            norms.append(clip_gradients(policy.parameters(), args.max_grad_norm))
             done = step * args.updates + update            # optimizer steps so far
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(args, done)
+                group["lr"] = args.learning_rate * min(1.0, (done + 1) / max(1, args.warmup_steps))
             if math.isfinite(norms[-1]):                   # enough: the loss is bounded
                 skipped = 0
                 optimizer.step()
@@ -541,7 +541,7 @@ def main(args):
     # ---------------- results
     signals.close()
     if ranks.rank == 0:
-        export_weights(checkpoint, args.out / "export")
+        export_run(checkpoint, args.out / "export")
     if held_out:
         evaluate(args, held_out, "after", averaged, ranks)
         held_out.close(args.out / "samples", {})

@@ -18,7 +18,7 @@ import os
 import re
 import struct
 import sys
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -26,10 +26,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from model import CONFIGS, WanConfig, WanModel
-from step_folder import stored_config, stored_weights
 
 HERE = Path(__file__).resolve().parent
 FORMATS = ("original", "diffusers", "comfyui")
+LORA_FORMATS = ("lora", "lora_kohya", "lora_diffusers")                  # of adapters alone, see lora_files.py
 COMFYUI_PREFIX = "model.diffusion_model."
 WEIGHTS = "diffusion_pytorch_model"                                      # name of the files in folders
 SAFETENSORS_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
@@ -182,6 +182,8 @@ def open_tensors(path):
     is_diffusers = any(name.startswith("condition_embedder.") for name in files)
     tensors, where, names = {}, {}, {}                                   # by our names
     for name, file in files.items():
+        if re.search(r"\.lora_(A|B|down|up)\.", name):
+            raise ValueError(f"{file} holds adapters, not a model; give it to sample.py --lora or train.py --init_lora")
         tensor = handles[file].get_slice(name)
         if tensor.get_dtype() not in TORCH_DTYPES or re.search("scale_weight|scale_input|weight_scale", name):
             raise ValueError(f"{file}: {name} is {tensor.get_dtype()}: 8-bit and scaled files are for inference, their "
@@ -435,91 +437,12 @@ def find_experts(path):
 
 
 # ------------------------------------------------------------------------------------------------------------------
-# conversion
-
-def open_source(source, which="auto"):
-    """config, {our name: meta tensor}, read(name) of a step folder (which: see stored_weights) or public checkpoint."""
-    if (source / "log.jsonl").exists():
-        raise ValueError(f"{source} is a run's folder; name one of its step folders, or {source / 'export'}")
-    if (source / "meta.json").exists() or (source / ".metadata").exists():
-        return stored_config(source), *stored_weights(source, which)
-    if which != "auto":
-        raise ValueError(f"--weights {which}: {source} is not a step folder and has one set of weights; leave it out")
-    config, slices = open_wan(source)
-    tensors = {name: torch.empty(tensor.get_shape(), dtype=TORCH_DTYPES[tensor.get_dtype()], device="meta")
-               for name, tensor in slices.items()}
-    return config, tensors, lambda name: slices[name][:]
-
-
-def find_base(source):
-    """The weights that the run of a step folder started from, or "" where they are not known or have changed."""
-    from samples import weights_digest
-    try:
-        path = locate_weights(read_json(source.absolute().parent / "config.json")["init"])
-        digest = read_json(source / "meta.json")["init"]
-    except (OSError, KeyError, ValueError):
-        return ""
-    return path if weights_digest(path) == digest else ""
-
-
-def add_share(read, base, dtype, sums):
-    """
-    Wrap read(name), so that sums adds up, tensor by tensor, how much of what training changed survives in dtype:
-
-        share = <rounded - base, trained - base> / |trained - base|^2 = sums["kept"] / sums["changed"]
-
-    the projection of the rounded update on the true one: 1 where rounding only adds noise, 0 where every weight falls
-    back on the base's. base {name: lazy slice}.
-    """
-    def read_and_add(name):
-        trained = read(name)
-        if name in base:
-            start = base[name][:].float()
-            update, rounded_update = trained.float() - start, trained.to(dtype).float() - start
-            sums["kept"] += (rounded_update * update).sum(dtype=torch.float64).item()
-            sums["changed"] += update.square().sum(dtype=torch.float64).item()
-        return trained
-    return read_and_add
-
-
-def report_share(base, sums, dtype):
-    """Print what add_share added up, and a warning where it is less than 0.9."""
-    word = str(dtype).removeprefix("torch.")
-    if not base:
-        print(f"how much of the training {word} keeps is not known; name the weights it started from with --base")
-        return
-    share = sums["kept"] / sums["changed"] if sums["changed"] else 1.0
-    print(f"{word} keeps {share:.1%} of what training changed in {base}")
-    if share < 0.9:
-        print(f"warning: the rest is too small for {word} and is lost; write --dtype float32, or train adapters, whose "
-              "weights are small numbers of their own")
-
-
-def export_weights(source, path, format="original", dtype=torch.float32, which="auto", base=""):
-    """
-    Write the weights in a step folder or a public checkpoint as public weights at `path`, one tensor at a time. Where
-    that rounds them, print the share of the training that survives; base: what it started from ("": the run's --init).
-    """
-    config, tensors, read = open_source(Path(source), which)
-    is_rounded = any(tensor.dtype.itemsize > dtype.itemsize for tensor in tensors.values())
-    sums = {"kept": 0.0, "changed": 0.0}
-    if is_rounded and not base:
-        base = find_base(Path(source))
-    if is_rounded and base:
-        base_config, slices = open_wan(base)
-        if replace(base_config, scores=config.scores) != config:
-            raise ValueError(f"--base {base} is another model than {source}; give the weights that it was trained from")
-        read = add_share(read, {name: slices[name] for name in slices if name in tensors}, dtype, sums)
-    save_wan(tensors, path, format, config, dtype, read=read)
-    print(f"weights in {path}")
-    if is_rounded:
-        report_share(base, sums, dtype)
-
+# the command line, which does what export.py does
 
 def check_out(source, out, format):
     """ValueError if writing to out would overwrite anything, or add files to the source or to a run's own folder."""
-    if format == "comfyui" and out.suffix != ".safetensors":
-        raise ValueError(f"--out {out}: comfyui weights are a single file; give it a name that ends in .safetensors")
+    if format in ("comfyui", *LORA_FORMATS) and out.suffix != ".safetensors":
+        raise ValueError(f"--out {out}: {format} is a single file; give it a name that ends in .safetensors")
     if out.is_file() or out.is_dir() and any(out.iterdir()):
         raise ValueError(f"--out {out} exists, and nothing is overwritten; name a new file or folder")
     for folder in out.resolve().parents:
@@ -532,21 +455,23 @@ def check_out(source, out, format):
 def parse_args(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                 allow_abbrev=False)
-    p.add_argument("source", metavar="SOURCE", help="a step folder of a run, an export, or any public checkpoint")
-    p.add_argument("--out", required=True, help="a new folder, or for comfyui a new .safetensors file")
-    p.add_argument("--format", default="original", choices=FORMATS, help="names and files that are written")
+    p.add_argument("source", metavar="SOURCE", help="step folder of a run, export, any public checkpoint, or LoRA file")
+    p.add_argument("--out", required=True, help="a new folder, or for comfyui and lora* a new .safetensors file")
+    p.add_argument("--format", default="original", choices=[*FORMATS, *LORA_FORMATS],
+                   help="names and files that are written; adapters: lora* or, merged, any of the others")
     p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="number type of every tensor")
-    p.add_argument("--base", default="", help="weights that SOURCE was trained from, to tell how much of the training "
-                                              "bfloat16 keeps; default: the --init of a step folder's run")
+    p.add_argument("--base", default="", help="weights that SOURCE was trained from: adapters are merged into them, "
+                   "and they tell how much of the training bfloat16 keeps; default: the --init of the run")
     p.add_argument("--weights", default="auto", choices=["auto", "ema", "policy"],
                    help="which weights of a step folder: the average (ema) or the policy; auto: the average, if kept")
     return p.parse_args(argv)
 
 
 def main(args):
+    from export import export_weights, holds_adapters
     source, out = Path(locate_weights(args.source, "SOURCE")), Path(args.out)
     check_out(source, out, args.format)
-    if args.base and args.dtype == "float32":
+    if args.base and args.dtype == "float32" and not holds_adapters(source):
         raise ValueError(f"--base {args.base} is for what --dtype bfloat16 loses; float32 loses nothing")
     base = locate_weights(args.base, "--base") if args.base else ""
     export_weights(source, out, args.format, getattr(torch, args.dtype), args.weights, base)

@@ -35,7 +35,8 @@ from torch.distributed.checkpoint.state_dict import get_model_state_dict
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fsdp_utils import build_model, start_ranks
 from model import WanConfig, WanModel
-from weights import export_weights, open_wan, save_wan
+from export import export_weights
+from weights import open_wan, save_wan
 
 MIB = 2 ** 20
 OPTIONS = {"policy": {"trained": True}, "reference, offloaded": {"offload": True}, "average": {}}    # of build_model

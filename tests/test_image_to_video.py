@@ -13,9 +13,9 @@ pytest.importorskip("av", reason="real video needs PyAV (requirements-video.txt)
 
 import encode
 from conftest import write_video
+from export import export_weights
 import sample
 import train
-import weights
 from samples import read_sample
 from model import CONFIGS
 from weights import load_wan, open_wan
@@ -53,7 +53,7 @@ def test_gt_pairs_from_an_mp4_to_a_trained_image_to_video_model(tmp_path, monkey
     flags = f"--loss regdpo --init {model} --data {data} --out {out} --steps 3 --batch_size 4 --min_timestep 0"
     flags += " --flow_shift 5 --learning_rate 1e-3 --warmup_steps 1 --backward sequential"
     train.main(train.parse_args(flags.split()))
-    weights.export_weights(Path(out) / "step_000003", Path(out) / "diffusers", "diffusers")
+    export_weights(Path(out) / "step_000003", Path(out) / "diffusers", "diffusers")
 
     real, negative = (read_sample(next((tmp_path / "data" / kind).glob("0_000000*"))) for kind in ("real", "negatives"))
     assert (

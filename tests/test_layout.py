@@ -26,24 +26,27 @@ IMPORTS = {
     "step_folder.py": "model",
     "samples.py": "",
     "data.py": "losses samples",
-    "weights.py": "model step_folder inside data samples lora",
-    "lora.py": "model",
+    "weights.py": "model inside export",
+    "lora.py": "model inside lora_files",
+    "lora_files.py": "model lora samples weights",
+    "export.py": "samples step_folder weights lora_files",
     "fsdp_utils.py": "model memory weights lora",
     "run_folder.py": "data samples weights step_folder fsdp_utils",
     "ref_cache.py": "data samples fsdp_utils",
     "sample.py":
-        "losses model data samples weights lora memory fsdp_utils pictures toy inside encode tables wan_encoders video",
+        "losses model data samples weights lora_files memory fsdp_utils pictures toy "
+        "inside encode tables wan_encoders video",
     "evaluate.py": "losses model data samples sample weights toy fsdp_utils pictures",
     "encode.py": "data samples model toy pictures tables video wan_encoders",
     "tables.py": "data samples video",
     "wan_encoders.py": "model weights",
-    "train.py": MACHINERY + " ref_cache",
-    "train_spo.py": MACHINERY,
+    "train.py": MACHINERY + " export ref_cache",
+    "train_spo.py": MACHINERY + " export",
 }
 # File: which packages it may import beyond the core, all inside functions. Some need less than the core.
 CORE = "torch numpy einops safetensors tqdm"
 PACKAGES = {
-    "losses.py": "torch", "model.py": "torch einops", "toy.py": "torch einops",
+    "losses.py": "torch", "model.py": "torch einops", "toy.py": "torch einops", "lora.py": "torch",
     "curves.py": "inside matplotlib",
     "pictures.py": f"{CORE} inside av",
     "video.py": f"{CORE} inside av PIL",

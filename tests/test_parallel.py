@@ -286,7 +286,9 @@ def plan(*flags, videos=2):
     """The plan of 2^31 numbers over 8 ranks, which are 1 GiB for each, and of 2 videos whose tokens 4 ranks share."""
     ranks = SimpleNamespace(mesh=SimpleNamespace(shape=(2, 8)), device=torch.device("cpu"), cp_size=4)
     config = CONFIGS["wan2.1-t2v-1.3b"]
-    return memory.memory_plan(train.parse_args(flags), config, 2 ** 31, 2 ** 15 - 3, videos, True, ranks)
+    weight = SimpleNamespace(numel=lambda: 2 ** 31, dtype=torch.float32, requires_grad=True)
+    model = SimpleNamespace(config=config, parameters=lambda: [weight])
+    return memory.memory_plan(train.parse_args(flags), model, 2 ** 15 - 3, videos, True, ranks)
 
 
 def test_the_plan_says_what_is_on_each_rank_and_what_on_the_cpu():

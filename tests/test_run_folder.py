@@ -142,7 +142,8 @@ def test_on_another_number_of_ranks_a_run_goes_on_to_the_same_numbers_within_1e_
 # Of these each decides the numbers of a run.
 DECIDE = """loss model seed beta r r_scale r_min caption_dropout clip weight_steps threshold tau penalty mu
     timestep_sampling flow_shift min_timestep max_timestep batch_size learning_rate weight_decay warmup_steps
-    decay_steps max_grad_norm loss_scale ema_decay hold_back toy_clips sample_steps guidance""".split()
+    decay_steps max_grad_norm loss_scale ema_decay hold_back toy_clips sample_steps guidance lora_rank
+    lora_alpha lora_targets init_lora""".split()
 
 
 def another(value):

@@ -654,7 +654,8 @@ def test_what_may_change_on_resume_is_the_list_and_every_name_in_it_is_a_flag():
     flags = vars(train_spo.parse_args([])).keys()
     assert train_spo.MAY_CHANGE <= flags
     decides = """seed kernel eta sample_steps flow_shift guidance unbranched pool threshold beta clip step_weight
-        batch_size updates learning_rate weight_decay warmup_steps max_grad_norm ema_decay"""
+        batch_size updates learning_rate weight_decay warmup_steps max_grad_norm ema_decay
+        lora_rank lora_alpha lora_targets init_lora"""
     assert flags - train_spo.MAY_CHANGE == set(decides.split())
 
 

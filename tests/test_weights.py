@@ -16,8 +16,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import export
 import weights
 from conftest import four_steps, on_ranks, train_main
+from export import export_weights
 from make_golden import CASES, make_case
 from model import CONFIGS, WanConfig, WanModel
 from weights import (
@@ -171,8 +173,8 @@ def test_weights_are_converted_one_tensor_at_a_time(tmp_path, monkeypatch):
     config, slices = open_wan(tmp_path / "diffusers")
     watched, held = watch_reads(slices)
     with monkeypatch.context() as patch:
-        patch.setattr(weights, "open_wan", lambda path: (config, watched))
-        weights.export_weights(tmp_path / "diffusers", tmp_path / "comfyui.safetensors", "comfyui")
+        patch.setattr(export, "open_wan", lambda path: (config, watched))
+        export_weights(tmp_path / "diffusers", tmp_path / "comfyui.safetensors", "comfyui")
     assert len(held) == len(model.state_dict())
     assert same_weights(load_wan(tmp_path / "comfyui.safetensors").state_dict(), model.state_dict())
 
