@@ -31,15 +31,17 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # the tests that cover a file, those that end soonest first
 TESTS = {
-    "train.py": "plain_loops extensions train run_folder evaluate half_precision train_wan preference previews parallel",
-    "train_spo.py": "plain_loops spo half_precision run_folder",
+    "train.py": "plain_loops flags extensions train run_folder evaluate half_precision train_wan preference previews "
+                "parallel",
+    "train_spo.py": "flags plain_loops spo half_precision run_folder",
     "evaluate.py": "evaluate previews spo",
-    "run_folder.py": "run_folder plain_loops train extensions parallel evaluate",
-    "ref_cache.py": "parallel plain_loops run_folder",
-    "fsdp_utils.py": "plain_loops half_precision parallel run_folder",
-}
-ONLY = {"fsdp_utils.py": ("make_optimizer", "clip_gradients", "ema_update", "positions_of", "total", "extremes", "spread",
-                          "build_model", "my_rows", "load_weights", "shard_model")}    # functions; elsewhere all of them
+    "run_folder.py": "log flags run_folder plain_loops train extensions evaluate",
+    "ref_cache.py": "ref_cache parallel plain_loops",
+    "fsdp_utils.py": "plain_loops half_precision parallel run_folder"}
+# of these files some functions only
+ONLY = {"fsdp_utils.py": (
+    "make_optimizer", "clip_gradients", "ema_update", "positions_of", "total", "extremes", "spread", "build_model",
+    "my_rows", "load_weights", "shard_model")}
 
 
 class Mutant(NamedTuple):
@@ -66,17 +68,21 @@ BY_HAND = [
      "warm = min(1.0, step / max(1, args.warmup_steps))"),
     ("train.py", "warm = min(1.0, (step + 1) / max(1, args.warmup_steps))",
      "warm = min(1.0, (step + 1) / max(1, args.warmup_steps + 1))"),
-    ("train.py", "decay = (args.steps - step) / args.decay_steps", "decay = (args.steps - step - 1) / args.decay_steps"),
+    ("train.py", "decay = (args.steps - step) / args.decay_steps",
+     "decay = (args.steps - step - 1) / args.decay_steps"),
     ("train.py", "decay = (args.steps - step) / args.decay_steps",
      "decay = (args.steps - step) / (args.decay_steps + 1)"),
     ("train.py", "return args.learning_rate * min(warm, decay)", "return args.learning_rate * warm * decay"),
     ("train.py", "scale = args.loss_scale * ranks.world / args.batch_size",
      "scale = args.loss_scale / args.batch_size"),
-    ("train.py", "args.loss_scale = args.loss_scale or objective.scale(args)", "args.loss_scale = objective.scale(args)"),
-    ("train.py", "clip_gradients(trainable, args.max_grad_norm, kept)", "clip_gradients(trainable, float('inf'), kept)"),
+    ("train.py", "args.loss_scale = args.loss_scale or objective.scale(args)",
+     "args.loss_scale = objective.scale(args)"),
+    ("train.py", "clip_gradients(trainable, args.max_grad_norm, kept)",
+     "clip_gradients(trainable, float('inf'), kept)"),
     ("fsdp_utils.py", "betas=(0.9, 0.95)", "betas=(0.9, 0.999)"),
     ("fsdp_utils.py", "eps=1e-8 * loss_scale", "eps=1e-8"),
-    ("fsdp_utils.py", 'is_matrix = param.ndim > 1 and not name.endswith(("modulation", "emb_pos"))', "is_matrix = True"),
+    ("fsdp_utils.py", 'is_matrix = param.ndim > 1 and not name.endswith(("modulation", "emb_pos"))',
+     "is_matrix = True"),
     ("fsdp_utils.py", 'is_matrix = param.ndim > 1 and not name.endswith(("modulation", "emb_pos"))',
      "is_matrix = param.ndim > 1"),
     # the average
@@ -154,8 +160,8 @@ def make_mutant(file, source, begin, end, new):
 # ------------------------------------------------------------------------------------------------------------------
 # drawn: every place where an operator, a constant, a condition or a statement can be changed
 
-OPERATORS = {ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">"), ast.Eq: ("==", "!="),
-             ast.NotEq: ("!=", "=="), ast.In: ("in", "not in"), ast.NotIn: ("not in", "in"), ast.Is: ("is", "is not"),
+OPERATORS = {ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">"),
+             ast.Eq: ("==", "!="), ast.NotEq: ("!=", "=="), ast.In: ("in", "not in"), ast.NotIn: ("not in", "in"), ast.Is: ("is", "is not"),
              ast.IsNot: ("is not", "is"), ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "/"),
              ast.Div: ("/", "*"), ast.FloorDiv: ("//", "*"), ast.Mod: ("%", "*"), ast.And: ("and", "or"),
              ast.Or: ("or", "and"), ast.BitOr: ("|", "&"), ast.BitAnd: ("&", "|")}

@@ -1,0 +1,206 @@
+"""What a run says: beforehand, in each row of its log, and where a number cannot be right."""
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fsdp_utils import start_ranks
+from run_folder import add_up, check_first_margin, describe_run, diagnostics, log_row, read_items, report_skipped
+from run_folder import summarise
+
+
+@pytest.fixture
+def ranks():
+    yield start_ranks()
+    torch.distributed.destroy_process_group()
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# beforehand
+
+def described(items=24, start=0, unpaired=(), rank_counts=(1, 1), **flags):
+    """The lines of describe_run; rank_counts: ranks, and how many of them have data of their own."""
+    args = SimpleNamespace(**{"data": "toy", "batch_size": 8, "grad_accum": 2, "cp_size": 1, "steps": 12,
+                              "out": Path("out/x")} | flags)
+    item = {"win": torch.zeros(12, 3, 4, 6), "lose": 0, "context": torch.zeros(5, 32)}
+
+    class Data(list):
+        pass
+
+    dataset = Data([item] * items)
+    if unpaired:
+        dataset.unpaired = unpaired
+    ranks = SimpleNamespace(world=rank_counts[0], data_ranks=rank_counts[1], device=torch.device("cpu"))
+    return describe_run(args, dataset, 18, start, ranks, "a model", "a plan")
+
+
+def test_a_run_says_beforehand_what_it_will_do():
+    model, plan, data, step = described()
+    assert model.startswith("a model; 1 ranks on cpu, torch ") and plan == "a plan"
+    assert data == "24 pairs in the embedded world, latents (12, 3, 4, 6) = 18 tokens, context (5, 32)"
+    assert step == ("a step: 8 pairs = 1 data ranks x 2 accumulation x 4; steps 0 to 12 = 4.0 epochs; log in "
+                    "out/x/log.jsonl")
+    _, _, data, step = described(data="data/wan", start=9, unpaired=["a", "b"], rank_counts=(4, 2))
+    assert data.startswith("24 pairs in data/wan, ")
+    assert data.endswith("; 2 real samples have no negative and are left out")
+    assert "2 data ranks x 2 accumulation x 2 (one data rank: 2 ranks, one branch each, tokens over 1)" in step
+    assert "steps 9 to 12 = 1.0 epochs" in step
+    _, _, _, step = described(rank_counts=(4, 2), cp_size=2)
+    assert "(one data rank: 2 ranks, both branches, tokens over 2)" in step
+    _, _, _, step = described(rank_counts=(8, 2), cp_size=2)
+    assert "(one data rank: 4 ranks, one branch each, tokens over 2)" in step
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# a row
+
+def column(*values):
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_diagnostics_by_hand():
+    metrics = {"margin": column(6.0, -5.0, 2.0, 0.0), "dgr": column(0, 0, 0, 0), "err_win": column(3.0, 2.0, 1.2, 1.0),
+               "ref_err_win": column(2.0, 4.0, 1.0, 1.0), "err_lose": column(9.0, 1.0, 1.3, 1.0),
+               "ref_err_lose": column(3.0, 4.0, 1.0, 1.0), "win_gap": column(1.0, -2.0, 0.2, 0.0),
+               "lose_gap": column(6.0, -3.0, 0.3, 0.0)}
+    extra = diagnostics(metrics)
+    assert {name: values.tolist() for name, values in extra.items()} == {
+        "accuracy_strict": [1, 0, 1, 0], "margin_abs": [6, 5, 2, 0], "saturated": [1, 0, 0, 0],
+        "win_ratio": [1.5, 0.5, 1.2, 1], "lose_ratio": [3, 0.25, 1.3, 1], "gap_mean": [3.5, -2.5, 0.25, 0],
+        "win_gap_positive": [1, 0, 1, 0], "win_worse_though_right": [1, 0, 1, 0], "loser_driven": [1, 0, 1, 0]}
+    # right because the win gained: the loser did not do it
+    [driven] = diagnostics(metrics | {name: column(value) for name, value in (
+        ("margin", 1.0), ("win_gap", -0.5), ("lose_gap", 0.5))})["loser_driven"].tolist()
+    assert driven == 0
+    # of scores there are no gaps, of a margin without beta no saturation
+    assert diagnostics({"margin": column(7.0)}).keys() == {"accuracy_strict", "margin_abs"}
+
+
+def test_a_row_is_the_means_over_the_pairs_of_the_step_by_hand(ranks):
+    sums = {"asks/stop": 0.0}
+    first = {"err_win": column(1.0, 3.0), "margin": column(2.0, -1.0), "accuracy_strict": column(1.0, 0.0),
+             "loser_driven": column(1.0, 0.0), "win_worse_though_right": column(0.0, 0.0)}
+    second = {"err_win": column(8.0), "margin": column(5.0), "accuracy_strict": column(1.0),
+              "loser_driven": column(0.0), "win_worse_though_right": column(1.0)}
+    add_up(sums, first, column(0.2, 0.9), {"bad_samples": 1, "sources/a": 2, "sources/b": 0})
+    add_up(sums, second, column(1.0), {"bad_samples": 1, "sources/a": 0, "sources/b": 1})
+    row, totals = summarise(sums, [2.0, -1.0, 5.0], ranks)
+    assert row["err_win"] == 4 and row["margin"] == 2
+    assert row["margin_min"] == -1 and row["margin_max"] == 5
+    # 0.2 is in the first quarter of sigma; 0.9 and 1.0 are in the last
+    assert row["by_sigma"] == {"err_win": [1, None, None, 5.5], "margin": [2, None, None, 2]}
+    assert row["accuracy_strict"] == pytest.approx(2 / 3)
+    assert row["loser_driven"] == 0.5 and row["win_worse_though_right"] == 0.5       # of the two that are right
+    assert row["bad_samples"] == 2 and row["sources"] == {"a": 2, "b": 1}
+    assert totals["pairs"] == 3 and not {"pairs", "asks/stop", "pairs/0"} & row.keys()
+
+
+def test_where_no_pair_is_right_or_kept_shares_are_0_and_one_source_is_not_named(ranks):
+    sums = {}
+    metrics = {"loss": column(0.0), "kept": column(0.0), "loser_driven": column(0.0), "accuracy_strict": column(0.0)}
+    add_up(sums, metrics, column(0.5), {"bad_samples": 0, "sources/a": 1})
+    row, _ = summarise(sums, [], ranks)
+    assert row["loser_driven"] == 0 and row["loss"] == 0 and row["kept"] == 0
+    assert "sources" not in row and "margin_min" not in row
+
+
+def test_the_mean_loss_is_over_the_pairs_kept(ranks):
+    sums = {}
+    add_up(sums, {"loss": column(0.0, 0.6, 0.0, 0.8), "kept": column(0, 1, 0, 1)}, column(0.1, 0.2, 0.3, 0.4),
+           {"bad_samples": 0})
+    row, _ = summarise(sums, [], ranks)
+    assert row["loss"] == pytest.approx(0.7) and row["kept"] == 0.5
+
+
+def test_pairs_that_ranks_share_are_counted_once(ranks):
+    # two ranks for each pair, so all counts come in twice
+    ranks = SimpleNamespace(world=4, data_ranks=2, device=ranks.device)
+    sums = {}
+    add_up(sums, {"err_win": column(1.0)}, column(0.5), {"bad_samples": 2, "sources/a": 4, "sources/b": 2})
+    row, _ = summarise(sums, [], ranks)
+    assert row["bad_samples"] == 1 and row["sources"] == {"a": 2, "b": 1}
+
+
+def test_a_row_is_written_with_seven_digits_and_shown_with_its_verdicts(tmp_path, capsys):
+    path = tmp_path / "log.jsonl"
+    row = {"step": 7, "loss": 0.123456789, "nested": {"list": [1.23456789e-5, None]}, "unshown": 2}
+    log_row(path, row, ["the loss is fine"])
+    log_row(path, row, show=False)
+    log_row(path, row, shown=("unshown",))
+    written = {"step": 7, "loss": 0.1234568, "nested": {"list": [1.234568e-5, None]}, "unshown": 2}
+    assert [json.loads(line) for line in path.read_text().splitlines()] == [written] * 3
+    assert capsys.readouterr().out == "step     7  loss 0.1235\nthe loss is fine\nstep     7  unshown 2\n"
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# numbers that cannot be right
+
+def test_the_first_margin_may_be_rounding_in_float32_and_noise_of_kernels_in_bf16(ranks, capsys):
+    check_first_margin(2.9e-5, beta=30, half=False)
+    with pytest.raises(RuntimeError, match="margins differ by 3.1e-05 on average"):
+        check_first_margin(3.1e-5, beta=30, half=False)
+    for beta in (30, 1000):
+        check_first_margin(0.0199, beta, half=True)
+        assert not capsys.readouterr().out
+        check_first_margin(0.0201, beta, half=True)
+        check_first_margin(0.0999, beta, half=True)
+        assert capsys.readouterr().out.count("WARNING: policy and reference are the same weights at step 0") == 2
+        with pytest.raises(RuntimeError, match="do not take the same numerical path"):
+            check_first_margin(0.101, beta, half=True)
+
+
+def test_a_skipped_step_names_the_samples_whose_loss_is_not_finite_or_all_of_them(ranks, capsys):
+    report_skipped(3, 1, [("b", float("nan")), ("a", 1.0), ("c", float("inf"))])
+    assert capsys.readouterr().out.endswith("it came from b; c\n")
+    report_skipped(3, 9, [(f"sample {i}", 1.0) for i in range(10)])
+    said = capsys.readouterr().out
+    names = "; ".join(f"sample {i}" for i in range(8))
+    assert said.startswith("step     3  skipped: ") and said.endswith(f"it came from {names} and 2 more\n")
+    report_skipped(3, 1, [(f"sample {i}", 1.0) for i in range(8)])
+    assert capsys.readouterr().out.endswith("; sample 7\n")
+    with pytest.raises(RuntimeError, match="10 steps in a row up to step 3 were skipped: .* came from a. The last"):
+        report_skipped(3, 10, [("a", 1.0)])
+
+
+class Damaged:
+    """Ten items, of which some cannot be read and are replaced by the next; counts what is read."""
+    def __init__(self, bad):
+        self.unreadable, self.bad, self.reported, self.reads = bad, {}, set(), 0
+
+    def __len__(self):
+        return 10
+
+    def __getitem__(self, index):
+        self.reads += 1
+        while index in self.unreadable:
+            self.bad[index] = f"item {index} is cut off"
+            index = (index + 1) % 10
+        return index
+
+
+def test_unreadable_items_are_reported_once_and_all_of_a_batch_is_read_again_when_another_rank_finds_one(
+        ranks, capsys, monkeypatch):
+    dataset = Damaged({2, 7})
+    assert read_items(dataset, [1, 2, 3], skip=True) == [1, 3, 3] and dataset.reads == 3
+    assert capsys.readouterr().out == ("1 of 10 samples or pairs are unreadable and replaced by the next good ones; "
+                                       "new: item 2 is cut off\n")
+    assert read_items(dataset, [2, 4], skip=True) == [3, 4] and not capsys.readouterr().out
+    assert read_items(dataset, [6, 7], skip=True) == [6, 8]
+    assert "2 of 10 samples" in capsys.readouterr().out
+    assert dataset.bad.keys() == dataset.reported == {2, 7}
+
+    # another rank finds item 5 bad
+    gather = torch.distributed.all_gather_object
+
+    def with_another_rank(bad_of_ranks, bad):
+        bad_of_ranks[:] = [dict(bad), dict(bad) | {5: "item 5 is gone"}]
+
+    monkeypatch.setattr(torch.distributed, "all_gather_object", with_another_rank)
+    reads = dataset.reads
+    read_items(dataset, [4, 5], skip=True)
+    assert dataset.reads == reads + 4 and dataset.bad.keys() == {2, 5, 7}
+    assert "3 of 10 samples" in capsys.readouterr().out
+    monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+    assert read_items(Damaged({0}), [0, 1], skip=False) == [1, 1] and not capsys.readouterr().out
