@@ -272,7 +272,10 @@ def trained(main, base, data, out, settings, ranks, flags):
     argv = ["--init", str(base), "--data", str(data), "--out", str(out), *flags.split()]
     for name, value in vars(settings).items():
         argv += [f"--{name}", *str(value).split()]
-    on_ranks(ranks, main, argv)
+    if ranks == 1:
+        main(argv)                                         # in this process, which starts no other
+    else:
+        on_ranks(ranks, main, argv)
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     states = []
     for part in ("policy", "ema"):
