@@ -75,8 +75,7 @@ BY_HAND = [
     ("train.py", "return args.learning_rate * min(warm, decay)", "return args.learning_rate * warm * decay"),
     ("train.py", "scale = args.loss_scale * ranks.world / args.batch_size",
      "scale = args.loss_scale / args.batch_size"),
-    ("train.py", "args.loss_scale = args.loss_scale or objective.scale(args)",
-     "args.loss_scale = objective.scale(args)"),
+    ("train.py", "args.loss_scale = args.loss_scale or OBJECTIVES", "args.loss_scale = OBJECTIVES"),
     ("train.py", "clip_gradients(trainable, args.max_grad_norm, kept)",
      "clip_gradients(trainable, float('inf'), kept)"),
     ("fsdp_utils.py", "betas=(0.9, 0.95)", "betas=(0.9, 0.999)"),
@@ -107,14 +106,14 @@ BY_HAND = [
     ("train.py", "x_sigma, timestep = add_noise(latents, noise, sigma), 1000 * sigma",
      "x_sigma, timestep = add_noise(latents, noise, sigma), 999 * sigma"),
     # the reference, and what a resume is compared with
-    ("train.py", "fixed = run_settings(args, may_change, init=weights, data=contents)",
-     "fixed = run_settings(args, may_change, data=contents)"),
-    ("train.py", "fixed = run_settings(args, may_change, init=weights, data=contents)",
-     "fixed = run_settings(args, may_change, init=weights)"),
+    ("train.py", "fixed = run_folder.run_settings(args, may_change, init=weights, data=contents)",
+     "fixed = run_folder.run_settings(args, may_change, data=contents)"),
+    ("train.py", "fixed = run_folder.run_settings(args, may_change, init=weights, data=contents)",
+     "fixed = run_folder.run_settings(args, may_change, init=weights)"),
     ("train.py", 'may_change = MAY_CHANGE if args.decay_steps else MAY_CHANGE | {"steps"}',
      'may_change = MAY_CHANGE | {"steps"}'),
-    ("train.py", "start, skipped = load_checkpoint(args.resume, policy, optimizer, ema)",
-     "start, skipped = load_checkpoint(args.resume, policy, optimizer, None)"),
+    ("train.py", "start, skipped = run_folder.load_checkpoint(args.resume, policy, optimizer, ema)",
+     "start, skipped = run_folder.load_checkpoint(args.resume, policy, optimizer, None)"),
     # what is judged
     ("evaluate.py", "toy.make_clips(count, seed=1, held_out=True)", "toy.make_clips(count, seed=1, held_out=False)"),
     ("evaluate.py", 'seeds = [seed_of("held out", i) for i in indices]',
@@ -144,7 +143,7 @@ def mutants_by_hand():
     for file, old, new in BY_HAND:
         source = (ROOT / file).read_text()
         if source.count(old) != 1:
-            sys.exit(f"mutants.py: {file} has {old!r} {source.count(old)} times, expected once; the list is out of date")
+            sys.exit(f"mutants.py: {old!r} is {source.count(old)} times in {file}, expected once; mend BY_HAND")
         begin = source.index(old)
         yield make_mutant(file, source, begin, begin + len(old), new)
 
@@ -161,8 +160,9 @@ def make_mutant(file, source, begin, end, new):
 # drawn: every place where an operator, a constant, a condition or a statement can be changed
 
 OPERATORS = {ast.Lt: ("<", "<="), ast.LtE: ("<=", "<"), ast.Gt: (">", ">="), ast.GtE: (">=", ">"),
-             ast.Eq: ("==", "!="), ast.NotEq: ("!=", "=="), ast.In: ("in", "not in"), ast.NotIn: ("not in", "in"), ast.Is: ("is", "is not"),
-             ast.IsNot: ("is not", "is"), ast.Add: ("+", "-"), ast.Sub: ("-", "+"), ast.Mult: ("*", "/"),
+             ast.Eq: ("==", "!="), ast.NotEq: ("!=", "=="), ast.In: ("in", "not in"), ast.NotIn: ("not in", "in"),
+             ast.Is: ("is", "is not"), ast.IsNot: ("is not", "is"), ast.Add: ("+", "-"), ast.Sub: ("-", "+"),
+             ast.Mult: ("*", "/"),
              ast.Div: ("/", "*"), ast.FloorDiv: ("//", "*"), ast.Mod: ("%", "*"), ast.And: ("and", "or"),
              ast.Or: ("or", "and"), ast.BitOr: ("|", "&"), ast.BitAnd: ("&", "|")}
 SAY_ONLY = ("print", "add_argument", "ArgumentParser", "ValueError", "RuntimeError", "tqdm", "warn")

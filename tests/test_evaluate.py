@@ -2,13 +2,15 @@
 What is judged in the embedded world: which captions, with which noise, by which model. The probe: fixed pairs, noise
 and sigmas, whatever the run; what is held back for it. The audit: it finds what was planted and nothing else.
 """
+import dataclasses
 import json
+import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 from conftest import run, textbook_error
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import evaluate
 import toy
@@ -140,13 +142,13 @@ def plain_probe(model, folder, sigma):
     return torch.stack(errors, dim=1)
 
 
-WORLD_RUN = """--loss dpo --beta 40 --data toy --toy_clips 16 --steps 3 --batch_size 4 --learning_rate 3e-3
+WORLD_RUN = """--loss dpo --beta 40 --data toy --toy_clips 16 --steps 4 --batch_size 4 --learning_rate 3e-3
     --warmup_steps 1 --ema_decay 0.5 --save_every 1 --keep 9 --seed 4 --sample_every 2 --eval_clips 64 --sample_steps 2
-    --flow_shift 2 --guidance 1.5 --probe_every 2 --min_timestep 200 --max_timestep 900"""
+    --flow_shift 2 --guidance 1.5 --probe_every 3 --log_every 2 --min_timestep 200 --max_timestep 900"""
 
 
 def test_a_run_in_the_embedded_world_trains_on_its_captions_and_judges_the_average_on_others(
-        base, tmp_path, monkeypatch):
+        base, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     judged, sample_held_out = [], evaluate.sample_held_out
 
@@ -158,7 +160,7 @@ def test_a_run_in_the_embedded_world_trains_on_its_captions_and_judges_the_avera
     train.main(train.parse_args(["--init", str(base), "--out", "out", *WORLD_RUN.split()]))
     start = load_file(base / "diffusion_pytorch_model.safetensors")
     average = {}
-    for step in (1, 2, 3):
+    for step in (1, 2, 3, 4):
         tensors, read = stored_weights(tmp_path / "out" / f"step_{step:06d}", "ema")
         average[step] = load_state(base, {name: read(name) for name in tensors})
     before = load_state(base, start)
@@ -176,7 +178,7 @@ def test_a_run_in_the_embedded_world_trains_on_its_captions_and_judges_the_avera
 
     # clips of held-out captions: by the base, by the average after two steps and by that at the end
     held_out = toy.make_clips(64, seed=1, held_out=True)[0]
-    for latents, model in zip(judged, (before, average[2], average[3]), strict=True):
+    for latents, model in zip(judged, (before, average[2], average[4]), strict=True):
         assert latents.shape == (64, *evaluate.SHAPE)
         for i in (0, 1, 63):
             expected = euler_of_two_steps(model, held_out[i], held_out_noise(i))
@@ -189,16 +191,16 @@ def test_a_run_in_the_embedded_world_trains_on_its_captions_and_judges_the_avera
         assert row["drift"] == pytest.approx(toy.metrics(clips, held_out)["drift"].mean().item())
     assert {path.name for path in (tmp_path / "out" / "samples").glob("*.png")} == {"after.png", "step_000002.png"}
 
-    # the probe: other held-out captions, the average after two steps and at the end
+    # the probe: other held-out captions, the average after three steps and at the end
     [folder] = (tmp_path / "data").glob("toy_held_out_16_*_2steps_guidance1.5_shift2")
     captions, videos = toy.make_clips(16, seed=3, held_out=True)
     wins = samples_by_caption(folder / "real")
     assert [win["metadata"]["prompt"] for win in wins] == captions and not set(captions) & set(toy.TRAINED)
     assert torch.equal(torch.stack([win["latents"] for win in wins]), toy.encode_pixels(videos))
     rows = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in rows if "probe" in row] == [1, 2]
+    assert [row["step"] for row in rows if "probe" in row] == [2, 3]
     sigmas = [0.2875, 0.4625, 0.6375, 0.8125]              # the middles of four parts of 0.2 to 0.9
-    for step in (1, 2):
+    for step in (2, 3):
         probe = rows[step]["probe"]
         assert probe["pairs"] == 16 and probe["sigma"] == pytest.approx(sigmas)
         for k, sigma in enumerate(sigmas):
@@ -210,6 +212,112 @@ def test_a_run_in_the_embedded_world_trains_on_its_captions_and_judges_the_avera
             assert probe["ref_err_lose"][k] == pytest.approx(ref_err[1].mean().item(), rel=1e-5)
             assert probe["margin"][k] == pytest.approx(margin.mean().item(), rel=1e-3, abs=1e-3)
             assert probe["accuracy"][k] == (margin > 0).float().mean()
+
+    # what is printed: every second step and the last, the audit from the lowest sigma up, the marks
+    said = capsys.readouterr().out
+    assert re.findall(r"^step +(\d+)  loss", said, re.M) == ["0", "2", "3"]
+    assert "16 pairs in the embedded world, latents (12, 8, 8, 8) = 128 tokens" in said and "sigma 0.2 " in said
+    assert re.search(r"^real clips +1\.000 +1\.000 +1\.000", said, re.M)
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# data of the embedded world
+
+def toy_args(*flags):
+    return train.parse_args(["--data", "toy", "--toy_clips", "3", "--sample_steps", "1", "--batch_size", "2", *flags])
+
+
+def test_a_loss_without_pairs_needs_real_clips_only_and_what_is_there_is_not_made_again(
+        base, ranks, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "load_wan", lambda *arguments: pytest.fail("a model was loaded"))
+    args, config = toy_args("--loss", "sft", "--init", str(base)), open_wan(base)[0]
+    dataset = evaluate.open_dataset(args, config, ranks, pairs=False)
+    assert len(dataset) == 3 and "lose" not in dataset[0] and evaluate.is_toy_data(dataset)
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["toy_3"]
+    files = sample_files(tmp_path / "data" / "toy_3" / "real")
+    times = [file.stat().st_mtime_ns for file in files]
+    evaluate.open_dataset(args, config, ranks, pairs=False)
+    assert [file.stat().st_mtime_ns for file in files] == times
+    content = files[1].read_bytes()
+    files[1].unlink()                                      # as after a kill
+    evaluate.open_dataset(args, config, ranks, pairs=False)
+    assert files[1].read_bytes() == content
+
+
+def test_the_embedded_world_is_for_the_tiny_model_and_batches_are_of_one_shape(base, ranks, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = open_wan(base)[0]
+    for changes in ({"in_dim": 16, "out_dim": 16}, {"in_dim": 28}, {"text_dim": 64}):
+        other = dataclasses.replace(config, **changes)
+        with pytest.raises(ValueError, match="--model auto with --data toy: the embedded world is for the tiny model"):
+            evaluate.open_dataset(toy_args(), other, ranks, pairs=True)
+        with pytest.raises(ValueError, match="--init x with --data toy"):
+            evaluate.open_captions(SimpleNamespace(data="toy", init="x"), other, ranks)
+    for i in range(2):
+        latents = torch.zeros(12, 1 + i, 4, 4)
+        for kind in ("real", "negatives"):
+            write_sample(tmp_path / "mixed" / kind / f"{i}.safetensors", latents, torch.zeros(1, 32), {})
+    args = train.parse_args(["--data", "mixed", "--batch_size", "2", "--grad_accum", "2"])
+    assert len(evaluate.open_dataset(args, config, ranks, pairs=True)) == 2            # one at a time
+    args.grad_accum = 1
+    with pytest.raises(ValueError, match="2 samples go through the model together"):
+        evaluate.open_dataset(args, config, ranks, pairs=True)
+    args.data = "mixed/real"
+    with pytest.raises(ValueError, match="2 samples go through the model together"):
+        evaluate.open_captions(args, config, ranks)
+    two_ranks = SimpleNamespace(data_ranks=2)
+    assert len(evaluate.open_captions(args, config, two_ranks)) == 2
+    assert len(evaluate.open_dataset(args, config, two_ranks, pairs=False)) == 2
+    args.bad_samples = "skip"
+    assert evaluate.open_dataset(args, config, two_ranks, pairs=False).skip
+
+
+def test_captions_of_the_embedded_world_are_a_dataset_without_clips(base, ranks):
+    captions = evaluate.open_captions(SimpleNamespace(data="toy", init="x"), open_wan(base)[0], ranks)
+    assert len(captions) == len(toy.TRAINED) and captions[3]["name"] == toy.TRAINED[3]
+    item = captions[3]
+    assert torch.equal(item["context"], toy.encode_text(toy.TRAINED[3]))
+    assert item["win"].is_meta and item["win"].shape == (12, 8, 8, 8)
+    assert captions.fingerprint() != evaluate.Captions(toy.TRAINED[1:]).fingerprint()
+
+
+def test_a_wan_run_that_needs_the_empty_caption_is_refused_where_it_is_not_stored(base, tmp_path):
+    wan = dataclasses.replace(open_wan(base)[0], in_dim=16, out_dim=16)
+    dataset = make_pairs(tmp_path, 1)
+
+    def check(config=wan, **flags):
+        args = SimpleNamespace(**{"data": "x", "caption_dropout": 0.0, "guidance": 1.0, "sample_every": 0} | flags)
+        evaluate.check_empty_caption(args, dataset, config)
+
+    check()
+    check(guidance=5.0)                                    # negatives are there, and nothing is sampled
+    check(sample_every=5)
+    check(open_wan(base)[0], caption_dropout=0.1)          # the embedded world's is known
+    for flags in ({"caption_dropout": 0.1}, {"guidance": 5.0, "sample_every": 5}):
+        with pytest.raises(ValueError, match="no empty_caption.context next to the real samples.*encode.py"):
+            check(**flags)
+    save_file({"context": torch.ones(1, 4)}, tmp_path / "real" / "empty_caption.context")
+    check(caption_dropout=0.1)
+
+
+def test_what_is_sampled_in_a_run_depends_on_data_and_flags(tmp_path):
+    other = make_pairs(tmp_path, 8)
+    metadata = {"source": "embedded world"}
+    toy_data = [{"win": torch.zeros(1, 1, 1, 1), "context": torch.zeros(0, 4), "metadata": metadata}]
+    args = train.parse_args(["--eval_clips", "64", "--sample_steps", "7", "--flow_shift", "2", "--guidance", "4"])
+    held_out = evaluate.open_held_out(args, toy_data, None)
+    assert isinstance(held_out, HeldOut) and len(held_out.captions) == 64
+    assert held_out.sampler == Sampler("euler", 7, 2.0, 4.0)
+    assert evaluate.open_held_out(args, other, None) is None
+    args.sample_every = 5
+    preview = evaluate.open_held_out(args, other, None)
+    assert isinstance(preview, evaluate.Preview) and len(preview.items) == 4 and preview.sampler == held_out.sampler
+    held_back = make_pairs(tmp_path / "held", 1)
+    [item] = evaluate.open_held_out(args, other, held_back).items             # of those held back where there are any
+    assert torch.equal(item["win"], held_back[0]["win"])
+    args.eval_clips = 0
+    assert isinstance(evaluate.open_held_out(args, toy_data, None), evaluate.Preview)
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -406,6 +514,114 @@ def test_statistics_by_hand():
     )
     assert found["grain in flat parts, channel 0"] == 0 and found["flicker in flat parts, channel 0"] == 1
     assert "flicker, channel 0" not in statistics(torch.zeros(1, 1, 1, 2, 2))
+
+
+def plain_statistics(x):
+    """{name: number} of one video (C, F, H, W), loop by loop."""
+    numbers = {}
+    for c, video in enumerate(x):
+        numbers[f"mean, channel {c}"], numbers[f"std, channel {c}"] = video.mean(), video.std()
+        for name, change in (("grain", video[..., 1:] - video[..., :-1]), ("flicker", video[1:] - video[:-1])):
+            sizes = change.abs().flatten().sort().values
+            numbers[f"{name}, channel {c}"] = (sizes ** 2).mean()
+            numbers[f"{name} in flat parts, channel {c}"] = sizes[len(sizes) // 5]
+    for name in {name.split(",")[0] for name in numbers}:
+        of_channels = [value for other, value in numbers.items() if other.startswith(f"{name},")]
+        numbers[f"{name}, all channels"] = sum(of_channels) / len(of_channels)
+    return {name: float(value) for name, value in numbers.items()}
+
+
+def plain_threshold(win, lose):
+    """The best of all thresholds between two numbers that follow each other: share of right ones, threshold, above."""
+    values = sorted(win + lose)
+    best = (0.5, values[0], False)
+    for below, above in zip(values, values[1:]):
+        threshold = (below + above) / 2
+        right = sum(value > threshold for value in win) + sum(value <= threshold for value in lose)
+        share = right / len(values)
+        for candidate in ((share, threshold, True), (1 - share, threshold, False)):
+            best = max(best, candidate, key=lambda fit: fit[0])
+    return best
+
+
+def test_the_audit_is_what_its_description_says_loop_by_loop():
+    g = torch.Generator().manual_seed(3)
+    wins = [torch.randn(2, 3, 4, 5, generator=g, dtype=torch.float64) for _ in range(14)]
+    losers = [1.15 * torch.randn(2, 3, 4, 5, generator=g, dtype=torch.float64) + 0.05 for _ in range(14)]
+    for row in audit(list(zip(wins, losers)), [0.0, 0.3]):
+        sigma = row["sigma"]
+        numbers = []
+        for i, pair in enumerate(zip(wins, losers)):
+            noise = torch.randn(2, 3, 4, 5, generator=randomness(0, i, "audit"))
+            numbers.append([plain_statistics((1 - sigma) * video + sigma * noise) for video in pair])
+        fits = {}
+        for name in numbers[0][0]:                         # picked on every other pair
+            of_win, of_lose = [[pair[side][name] for pair in numbers[::2]] for side in (0, 1)]
+            fits[name] = plain_threshold(of_win, of_lose)
+        share, threshold, above = fits[row["statistic"]]
+        assert share == pytest.approx(max(fit[0] for fit in fits.values()))
+        right = []
+        for win, lose in numbers[1::2]:                    # tried on the rest
+            right += [(win[row["statistic"]] > threshold) == above, (lose[row["statistic"]] > threshold) != above]
+        assert row["accuracy"] == pytest.approx(sum(right) / len(right))
+        columns = [torch.tensor([pair[side][row["statistic"]] for pair in numbers]) for side in (0, 1)]
+        wins_more = (columns[0][:, None] > columns[1][None, :]).double().mean().item()
+        assert row["auc"] == pytest.approx(wins_more)
+
+
+def test_a_report_reads_so_many_pairs_spread_over_the_data_and_fewer_of_large_videos(monkeypatch):
+    seen = []
+
+    def remember(pairs, sigmas):
+        seen.append((len(pairs), [float(win.flatten()[0]) for win, _ in pairs], sigmas))
+        return [{"sigma": sigma, "accuracy": 0.5, "statistic": "mean", "auc": 0.5} for sigma in sigmas]
+
+    monkeypatch.setattr(evaluate, "audit", remember)
+
+    class Data:
+        def __init__(self, count, odd=()):
+            self.count, self.odd = count, odd
+
+        def __len__(self):
+            return self.count
+
+        def __getitem__(self, index):
+            shape = (1, 1, 2, 3) if index in self.odd else (1, 1, 2, 2)
+            return {"win": torch.full(shape, float(index)), "lose": torch.zeros(shape)}
+
+    report = audit_report(Data(40), 0.6)
+    count, places, sigmas = seen[-1]
+    assert count == 40 and places == list(range(40)) and sigmas == [0.0, 0.05, 0.1, 0.2, 0.4, 0.6, 0.8]
+    assert "tells win from lose in 20 pairs it was not picked on" in report
+    assert "clean 0.50, sigma 0.05 0.50, " in report and "(clean: mean, AUC 0.50)" in report
+    assert "the same in 1 of 40 pairs" in report           # the first is of zeros
+    audit_report(Data(300), 0.33)
+    assert seen[-1][0] == 128 and seen[-1][1][:4] == [0, 2, 4, 7] and 0.33 in seen[-1][2]
+    audit_report(Data(300), 0.0, elements=20 * 4)
+    assert seen[-1][0] == 20 and seen[-1][1][1] == 15
+    audit_report(Data(300), 0.0, elements=4)
+    assert seen[-1][0] == 16
+    audit_report(Data(9, odd={4}), 0.0)                    # one of another shape is left out
+    assert seen[-1][0] == 8
+    assert "no audit of 7 pairs: 8 of one shape are needed" in audit_report(Data(9, odd={4, 5}), 0.0)
+    assert len(seen) == 5
+
+
+def test_the_warning_names_the_lowest_noise_that_hides_the_difference(monkeypatch, tmp_path):
+    shares = {0.0: 1.0, 0.05: 1.0, 0.1: 0.91, 0.2: 0.85, 0.4: 0.79, 0.6: 0.6, 0.8: 0.5}
+    rows = [{"sigma": sigma, "accuracy": share, "statistic": "grain", "auc": 0.9} for sigma, share in shares.items()]
+    monkeypatch.setattr(evaluate, "audit", lambda pairs, sigmas: rows)
+    dataset = make_pairs(tmp_path, 8)
+    report = audit_report(dataset, 0.1)
+    assert "WARNING: at the lowest noise trained on (sigma 0.1) grain alone tells win from lose in 91%" in report
+    assert "--min_timestep 400 at least (79% there" in report
+    assert "WARNING" not in audit_report(dataset, 0.2)     # 85% there
+    for row in rows:
+        row["accuracy"] = max(0.8, row["accuracy"])
+    report = audit_report(dataset, 0.0)
+    assert "in 100%" in report and "--min_timestep" not in report             # no noise hides it
+    rows[0]["accuracy"] = 0.9
+    assert "WARNING" not in audit_report(dataset, 0.0)
 
 
 @pytest.mark.parametrize(

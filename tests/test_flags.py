@@ -5,6 +5,7 @@ import pytest
 
 import train
 import train_spo
+from conftest import main_fails
 from run_folder import check_common_flags
 
 # Another default changes every run that does not name the flag, so it is changed here as well, knowingly.
@@ -67,3 +68,25 @@ def test_a_batch_divides_over_ranks_and_parts():
     args.batch_size = 16
     with pytest.raises(ValueError, match="2 data ranks x --grad_accum 3; take a multiple of 6"):
         check_common_flags(args, RANKS)
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--loss preference --ref cached", "--ref cached is about the reference of a loss like dpo; --loss preference has"),
+    ("--loss sft --ref offload", "--ref offload is about the reference of a loss like dpo; --loss sft has none"),
+    ("--loss preference --sample_every 5", "--sample_every samples a policy, and --loss preference trains none"),
+    ("--loss sft --hold_back 1", "--hold_back 1 keeps pairs for a probe; --loss sft reads none"),
+    ("--loss preference --init scratch", "--init scratch with --loss preference"),
+    ("--bad_samples skip --ref cached", "--bad_samples skip: expected stop with --ref cached"),
+    ("--loss dpo --caption_dropout 0.1", "--caption_dropout 0.1 does nothing in --loss dpo; it belongs to --loss sft"),
+    ("--loss ipo --tau 0", "--loss ipo: tau is 0.0"),
+    ("--flow_shift 0", "--flow_shift 0.0: expected a number above 0"),
+])
+def test_flags_that_do_not_go_together_are_refused(world, tmp_path, flags, words):
+    assert words in main_fails(world, tmp_path, *flags.split())
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_loss_that_needs_both_outputs_does_not_take_branches_on_two_ranks():
+    args = train.parse_args("--loss diffusion_sdpo --backward pair".split())
+    with pytest.raises(ValueError, match="diffusion_sdpo needs both outputs on one rank; use --backward joint or seq"):
+        train.check_args(args, RANKS)

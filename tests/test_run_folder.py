@@ -2,6 +2,7 @@
 Nothing lost: exact resume, kills at any moment, full disks, signals, numbers that are none, checkpoints from strangers.
 """
 import contextlib
+import errno
 import io
 import json
 import math
@@ -264,6 +265,20 @@ def test_the_second_run_in_a_folder_is_refused_while_the_first_lives_and_a_kill_
     first[0].join()
     for _ in range(2):                                     # an error of main releases it too
         assert set(on_ranks(ranks, lock_fails, out)) == {"a fault of main's own"}
+
+
+def lock_without_locks(out):
+    """Lock a folder of a file system that has no locks, as some network file systems."""
+    def no_locks(descriptor, how):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run_folder.fcntl, "flock", no_locks)
+        return lock_fails(out)
+
+
+def test_a_file_system_without_locks_does_not_stop_a_run(tmp_path):
+    assert on_ranks(1, lock_without_locks, tmp_path / "out") == ["a fault of main's own"]
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -595,7 +610,8 @@ def test_going_on_from_an_older_step_makes_it_the_latest_so_that_a_kill_does_not
     run_folder.begin_log(SimpleNamespace(out=out, resume=str(out / "step_000002"), defaults={}), 2, ranks=3)
     assert (out / "latest").read_text() == "step_000002\n"
     assert [json.loads(line)["step"] for line in (out / "log.jsonl").read_text().splitlines()] == [0, 1]
-    assert json.loads((out / "config.json").read_text())["ranks"] == 3
+    config = json.loads((out / "config.json").read_text())
+    assert config == {"out": str(out), "resume": str(out / "step_000002"), "ranks": 3, "torch": torch.__version__}
 
 
 DAMAGES = {

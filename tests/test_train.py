@@ -3,7 +3,9 @@ import dataclasses
 import json
 import math
 import shutil
+import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,8 +16,9 @@ import train
 from conftest import SHAPE, main_fails, one_step, pair_loss, run, same_run, textbook_error, train_main
 from data import draw, open_data, order
 from samples import read_sample, write_sample
+from memory import memory_plan
 from model import CONFIGS, WanModel
-from weights import load_wan, save_wan
+from weights import load_wan, open_wan, save_wan
 
 PAIR_LOSSES = [loss for loss in train.OBJECTIVES if loss != "sft"]
 
@@ -292,3 +295,55 @@ def test_a_reference_that_is_not_the_policy_stops_the_run_at_step_0(world, tmp_p
     with pytest.raises(RuntimeError, match="same numerical path"):
         train_main(one_step(world, tmp_path / "out", "--checkpointing", "selective"))
     torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("flags, at_once, needs_ref, learning", [
+    ("--loss dpo", 4, True, 1), ("--loss dpo --grad_accum 2", 2, True, 1), ("--loss sft", 2, False, 1),
+    ("--loss dpo --backward sequential --ref cached", 2, True, 1), ("--loss preference", 0, False, None)])
+def test_a_run_says_what_it_will_hold_and_leaves_signals_as_they_were(
+        world, base, tmp_path, capsys, flags, at_once, needs_ref, learning):
+    """at_once: videos whose graph is alive at once."""
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    argv = one_step(world, tmp_path / "out", "--init", str(base), "--batch_size", "2", *flags.split())
+    train_main(argv)
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    said = capsys.readouterr().out
+    args, config = train.parse_args(argv), open_wan(base)[0]
+    weights = load_file(tmp_path / "out" / "export" / "diffusion_pytorch_model.safetensors")
+    parameters = sum(tensor.numel() for tensor in weights.values())
+    head = sum(tensor.numel() for name, tensor in weights.items() if name.startswith("head."))
+    ranks = SimpleNamespace(mesh=SimpleNamespace(shape=(1,)), device=torch.device("cpu"), cp_size=1)
+    share = learning or head / parameters
+    assert memory_plan(args, config, parameters, 18, at_once, needs_ref, ranks, share) in said
+    assert f": {parameters:,} parameters; 1 ranks" in said
+    assert ("audit: how often" in said) == (args.loss != "sft")
+    [row] = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    videos = 2 if args.loss == "sft" else 4
+    assert row["tokens_per_second"] * row["seconds"] == pytest.approx(videos * 18, rel=1e-4)
+
+
+def margin_apart(monkeypatch, offset):
+    """From now on the reference's errors are off by this much, the winner's and the loser's in opposite directions."""
+    errors = train.reference_errors
+    apart = offset * torch.tensor([[1.0], [-1.0]])
+    monkeypatch.setattr(train, "reference_errors", lambda *arguments: errors(*arguments) + apart)
+
+
+@pytest.mark.parametrize("flags, margin, in_bf16, is_refused", [
+    ("--loss dpo --beta 500", 4e-4, False, False), ("--loss dpo --beta 500", 7e-4, False, True),
+    ("--loss ipo", 8e-6, False, True), ("--loss dpo --beta 500", 0.05, True, False),
+    ("--loss dpo --beta 500", 0.15, True, True), ("--loss ipo", 0.05, True, False)])
+def test_the_first_margin_that_stops_a_run_is_beta_times_rounding_and_in_bf16_a_tenth(
+        world, base, tmp_path, monkeypatch, flags, margin, in_bf16, is_refused):
+    if in_bf16:
+        monkeypatch.setattr(train, "matrix_dtype", lambda device_type: torch.bfloat16)
+    margin_apart(monkeypatch, margin / 2 / (500 if "dpo" in flags else 1))
+    argv = one_step(world, tmp_path / "out", "--init", str(base), *flags.split())
+    if is_refused:
+        with pytest.raises(RuntimeError, match="do not take the same numerical path"):
+            train_main(argv)
+        torch.distributed.destroy_process_group()
+    else:
+        train_main(argv)
+        row = json.loads((tmp_path / "out" / "log.jsonl").read_text())
+        assert row["margin_abs"] == pytest.approx(margin, rel=0.3)
