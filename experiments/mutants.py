@@ -106,10 +106,8 @@ BY_HAND = [
     ("train.py", "x_sigma, timestep = add_noise(latents, noise, sigma), 1000 * sigma",
      "x_sigma, timestep = add_noise(latents, noise, sigma), 999 * sigma"),
     # the reference, and what a resume is compared with
-    ("train.py", "fixed = run_folder.run_settings(args, may_change, init=weights, data=contents)",
-     "fixed = run_folder.run_settings(args, may_change, data=contents)"),
-    ("train.py", "fixed = run_folder.run_settings(args, may_change, init=weights, data=contents)",
-     "fixed = run_folder.run_settings(args, may_change, init=weights)"),
+    ("train.py", "may_change, init=init, data=data)", "may_change, data=data)"),
+    ("train.py", "may_change, init=init, data=data)", "may_change, init=init)"),
     ("train.py", 'may_change = MAY_CHANGE if args.decay_steps else MAY_CHANGE | {"steps"}',
      'may_change = MAY_CHANGE | {"steps"}'),
     ("train.py", "start, skipped = run_folder.load_checkpoint(args.resume, policy, optimizer, ema)",

@@ -82,13 +82,13 @@ def test_errors_are_complete_when_none_is_missing_and_come_by_position(tmp_path,
         asked.append(part)
         return torch.tensor([[float(p) for p in part], [p + 0.5 for p in part]])
 
-    errors.score(score, start=1)
+    errors.fill(score, start=1)
     assert asked == [range(8, 12), range(12, 16), range(16, 20), range(20, 24)]            # steps 1 and 2, in two parts
     assert errors.at(range(9, 11)).tolist() == [[9, 10], [9.5, 10.5]]
     assert "0 of 24 positions are in" in capsys.readouterr().out
     resumed = cached(tmp_path, ranks)
     assert not resumed.is_complete and resumed.errors.isnan().sum() == 16
-    resumed.score(score, start=0)
+    resumed.fill(score, start=0)
     said = capsys.readouterr().out
     assert "16 of 24 positions are in" in said and "; 8 are scored now" in said
     assert len(asked) == 6 and cached(tmp_path, ranks).is_complete
