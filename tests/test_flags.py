@@ -10,9 +10,10 @@ from run_folder import check_common_flags
 
 # Another default changes every run that does not name the flag, so it is changed here as well, knowingly.
 FOLDER = {"keep": 2, "save_minutes": 30.0, "resume": ""}
-MEMORY = {"cp_size": 1, "ref": "live", "checkpointing": "off", "chunk_tokens": -1, "compile": False,
+MEMORY = {"cp_size": 1, "ref": "auto", "checkpointing": "off", "chunk_tokens": -1, "compile": False,
           "offload_activations": False, "offload_params": False}
-TRAIN = FOLDER | MEMORY | {
+ADAPTERS = {"lora_rank": 0, "lora_alpha": 0.0, "lora_targets": "q,k,v,o,ffn.0,ffn.2", "init_lora": ""}
+TRAIN = FOLDER | MEMORY | ADAPTERS | {
     "loss": "regdpo", "model": "auto", "init": "toy_base", "data": "toy", "bad_samples": "stop", "out": "out/{loss}",
     "seed": 0, "caption_dropout": 0.0, "beta": 30.0, "r": None, "r_scale": 1.0, "r_min": 0.0, "clip": 0.1,
     "weight_steps": 50, "threshold": 0.9, "tau": 50.0, "penalty": 5.0, "mu": 0.9, "timestep_sampling": "uniform",
@@ -21,7 +22,7 @@ TRAIN = FOLDER | MEMORY | {
     "loss_scale": 0.0, "ema_decay": 0.98, "backward": "joint", "replicate": 1, "save_every": 100, "probe_every": 50,
     "hold_back": 0, "log_every": 10, "toy_clips": 512, "sample_every": 0, "eval_clips": 256, "sample_steps": 20,
     "guidance": 1.0}
-SPO = FOLDER | MEMORY | {
+SPO = FOLDER | MEMORY | ADAPTERS | {
     "init": "toy_base", "score": "toy", "data": "toy", "out": "out/spo", "seed": 0, "kernel": "ddim", "eta": -1.0,
     "sample_steps": 20, "flow_shift": 3.0, "guidance": 1.0, "unbranched": 0.2, "pool": 4, "threshold": [0.1],
     "beta": 500.0, "clip": 0.1, "step_weight": "none", "steps": 30, "batch_size": 16, "updates": 4, "grad_accum": 1,

@@ -20,7 +20,7 @@ def ranks():
 # ------------------------------------------------------------------------------------------------------------------
 # beforehand
 
-def described(items=24, start=0, unpaired=(), rank_counts=(1, 1), **flags):
+def described(items=24, start=0, unpaired=(), rank_counts=(1, 1), frozen_bias=False, **flags):
     """The lines of describe_run; rank_counts: ranks, and how many of them have data of their own."""
     args = SimpleNamespace(**{"data": "toy", "batch_size": 8, "grad_accum": 2, "cp_size": 1, "steps": 12,
                               "out": Path("out/x")} | flags)
@@ -33,12 +33,14 @@ def described(items=24, start=0, unpaired=(), rank_counts=(1, 1), **flags):
     if unpaired:
         dataset.unpaired = unpaired
     ranks = SimpleNamespace(world=rank_counts[0], data_ranks=rank_counts[1], device=torch.device("cpu"))
-    return describe_run(args, dataset, 18, start, ranks, "a model", "a plan")
+    model = torch.nn.Linear(50, 50)
+    model.bias.requires_grad_(not frozen_bias)
+    return describe_run(args, dataset, 18, start, ranks, "a model", model, "a plan")
 
 
 def test_a_run_says_beforehand_what_it_will_do():
     model, plan, data, step = described()
-    assert model.startswith("a model; 1 ranks on cpu, torch ") and plan == "a plan"
+    assert model.startswith("a model: 2,550 parameters; 1 ranks on cpu, torch ") and plan == "a plan"
     assert data == "24 pairs in the embedded world, latents (12, 3, 4, 6) = 18 tokens, context (5, 32)"
     assert step == ("a step: 8 pairs = 1 data ranks x 2 accumulation x 4; steps 0 to 12 = 4.0 epochs; log in "
                     "out/x/log.jsonl")
@@ -47,6 +49,8 @@ def test_a_run_says_beforehand_what_it_will_do():
     assert data.endswith("; 2 real samples have no negative and are left out")
     assert "2 data ranks x 2 accumulation x 2 (one data rank: 2 ranks, one branch each, tokens over 1)" in step
     assert "steps 9 to 12 = 1.0 epochs" in step
+    model, _, _, _ = described(frozen_bias=True)
+    assert model.startswith("a model: 2,550 parameters, 2,500 of them trained; ")
     _, _, _, step = described(rank_counts=(4, 2), cp_size=2)
     assert "(one data rank: 2 ranks, both branches, tokens over 2)" in step
     _, _, _, step = described(rank_counts=(8, 2), cp_size=2)

@@ -20,8 +20,8 @@ def ranks():
 
 ARGS = {"out": "out", "backward": "joint", "batch_size": 8, "grad_accum": 2, "cp_size": 1, "compile": False, "steps": 3,
         "learning_rate": 1e-4}
-FIXED = {"init": "abc", "data": "24 items", "seed": 0, "timestep_sampling": "uniform", "flow_shift": 3.0,
-         "min_timestep": 600.0, "max_timestep": 1000.0, "beta": 30.0}
+FIXED = {"init": "abc", "init_lora": "", "data": "24 items", "seed": 0, "timestep_sampling": "uniform",
+         "flow_shift": 3.0, "min_timestep": 600.0, "max_timestep": 1000.0, "beta": 30.0}
 
 
 def cached(tmp_path, ranks, memory=MemoryFlags(), **changes):
@@ -34,9 +34,10 @@ def test_errors_belong_to_weights_data_positions_and_the_numerical_path_and_to_n
         tmp_path, ranks, monkeypatch):
     names = {cached(tmp_path, ranks).path.name}
     changes = [
-        {"init": "abd"}, {"data": "25 items"}, {"seed": 1}, {"timestep_sampling": "logit_normal"}, {"flow_shift": 5.0},
-        {"min_timestep": 500.0}, {"max_timestep": 900.0}, {"backward": "sequential"}, {"batch_size": 16},
-        {"grad_accum": 4}, {"cp_size": 2}, {"compile": True}, {"memory": MemoryFlags("chunked")}]
+        {"init": "abd"}, {"init_lora": "def"}, {"data": "25 items"}, {"seed": 1}, {"flow_shift": 5.0},
+        {"timestep_sampling": "logit_normal"}, {"min_timestep": 500.0}, {"max_timestep": 900.0},
+        {"backward": "sequential"}, {"batch_size": 16}, {"grad_accum": 4}, {"cp_size": 2}, {"compile": True},
+        {"memory": MemoryFlags("chunked")}]
     for change in changes:
         names.add(cached(tmp_path, ranks, **change).path.name)
     two_data_ranks = SimpleNamespace(data_ranks=2, device=ranks.device)
