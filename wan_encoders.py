@@ -273,6 +273,7 @@ class Encoders:
         self.config = config
         self.device = device
         self.loaded = {}
+        self.has_warned = False                                       # of a prompt that is too long
         self.multiple = PIXELS[config.vae] * config.patch_size[1]     # of height and width, in pixels
         self.parts = ("text", "vae", "clip") if config.image_dim else ("text", "vae")
 
@@ -366,7 +367,13 @@ class Encoders:
         tokenizer, encoder = self.part("text")
         text = html.unescape(html.unescape(ftfy.fix_text(prompt)))    # cleaned as Wan does; twice, for &amp;lt;
         text = " ".join(text.split())
-        tokens = tokenizer(text, truncation=True, max_length=self.config.text_len).input_ids
+        limit = self.config.text_len
+        count = len(tokenizer(text).input_ids)
+        if count > limit and not self.has_warned:
+            self.has_warned = True
+            print(f"WARNING: the text encoder reads {limit} tokens, and the end of longer prompts is lost; the first has "
+                  f"{count}: {text[:60]!r} ...", flush=True)
+        tokens = tokenizer(text, truncation=True, max_length=limit).input_ids
         return encoder(torch.tensor([tokens], device=self.device)).last_hidden_state[0].float().cpu()
 
     @exact

@@ -273,6 +273,16 @@ def test_prompts_become_what_diffusers_makes_of_them(folders, pipelines, format,
     )
 
 
+def test_what_a_prompt_loses_that_is_longer_than_the_encoder_reads_is_said_once(folders, capsys):
+    encoders = open_encoders(folders["diffusers"][16], PRESETS["t2v"])
+    encoders.encode_text(CLEAN)
+    assert "WARNING" not in capsys.readouterr().out
+    for _ in range(2):
+        encoders.encode_text("cats and dogs in the rain " * 60)
+    said = capsys.readouterr().out
+    assert said.count("WARNING") == 1 and "reads 512 tokens" in said and "'cats and dogs" in said
+
+
 def test_prompts_are_cleaned_as_wan_does(folders):
     encoders = open_encoders(folders["diffusers"][16], PRESETS["t2v"])
     assert torch.equal(encoders.encode_text(MESSY), encoders.encode_text(CLEAN))
