@@ -371,8 +371,8 @@ class Encoders:
         count = len(tokenizer(text).input_ids)
         if count > limit and not self.has_warned:
             self.has_warned = True
-            print(f"WARNING: the text encoder reads {limit} tokens, and the end of longer prompts is lost; the first has "
-                  f"{count}: {text[:60]!r} ...", flush=True)
+            print(f"WARNING: the text encoder reads {limit} tokens, and the end of longer prompts is lost; the first "
+                  f"has {count}: {text[:60]!r} ...", flush=True)
         tokens = tokenizer(text, truncation=True, max_length=limit).input_ids
         return encoder(torch.tensor([tokens], device=self.device)).last_hidden_state[0].float().cpu()
 
