@@ -450,7 +450,7 @@ def test_the_probe_is_the_same_on_two_ranks_and_after_a_resume_and_its_pairs_can
     run(world, tmp_path / "out", *PROBED, "--steps", "3", "--backward", "pair", "--ref", "cached", ranks=2)
     # against the base, not against where it resumed
     same_probe(run(world, tmp_path / "out", *PROBED, "--resume", "latest")[0], probed)
-    with pytest.raises(ValueError, match="data"):
+    with pytest.raises(ValueError, match="hold_back = 5, this run has hold_back = 6"):
         run(world, tmp_path / "out", *PROBED, "--steps", "9", "--resume", "latest", "--hold_back", "6")
 
 
