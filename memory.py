@@ -84,7 +84,8 @@ def save_memory(model, flags, trained):
     offload_activations: what is kept waits in CPU memory. chunked then keeps q, k and v too (12 bytes); full keeps the
     stream before every block (4 bytes) and recomputes one block at a time (1.31 / 1.34 with chunks).
     compile: torch.compile of the blocks or, with chunks, of their token-wise halves.
-    Chunks and compilation apply to every model alike, so that policy and reference take the same numerical path; the
+    Chunks and compilation apply to every model alike, so that policy and reference take the same numerical path (but
+    for compiled blocks with an image branch in bf16: inductor rounds otherwise without a gradient, by 8e-5); the
     rest only to a trained one. Under context parallelism, recomputation repeats the exchanges around attention.
     """
     chunk_size = flags.chunk_size
