@@ -729,15 +729,18 @@ def test_bad_samples_are_skipped_and_counted_alike_on_ranks_that_share_a_pair_an
     at_start[0].write_bytes(at_start[0].read_bytes()[:-9])
     on_ranks(2, blind_main, four_steps(world, base, tmp_path / "out", flags), 1, running[1])
     assert [row["bad_samples"] for row in rows(tmp_path / "out")] == [1, 1, 0, 0]
+    cut = go_back(tmp_path / "out", tmp_path / "cut", 2)
+    on_ranks(2, blind_main, four_steps(world, base, cut, f"{flags} --resume latest"), 1, running[1])
+    same_end(tmp_path / "out", tmp_path / "cut")
     bad = read_sample(running[1])
     metadata = bad.pop("metadata")
     # now no rank can, and only its numbers tell
     save_file(bad | {"latents": torch.full_like(bad["latents"], math.nan)}, running[1], metadata=metadata)
     on_ranks(2, train_main, four_steps(world, base, tmp_path / "both", flags))
     same_end(tmp_path / "out", tmp_path / "both")
-    cut = go_back(tmp_path / "out", tmp_path / "cut", 2)
-    on_ranks(2, train_main, four_steps(world, base, cut, f"{flags} --resume latest"))
-    same_end(tmp_path / "out", tmp_path / "cut")
+    cut = go_back(tmp_path / "out", tmp_path / "changed", 2)
+    with pytest.raises(ValueError, match="trained with data = "):            # its contents are not the run's any more
+        on_ranks(2, train_main, four_steps(world, base, cut, f"{flags} --resume latest"))
     with pytest.raises(ValueError, match="--bad_samples skip: expected stop with --ref cached"):
         on_ranks(2, train_main, four_steps(world, base, tmp_path / "no", f"{flags} --ref cached"))
 
@@ -746,6 +749,7 @@ def spo_poisoned(flags, what):
     clip, seen = train_spo.clip_gradients, []
 
     def poisoned(params, *rest):
+        params = list(params)
         seen.append(0)
         if len(seen) in what:
             next(p for p in params if p.grad.to_local().numel()).grad.to_local().view(-1)[0] = float("inf")
