@@ -23,8 +23,8 @@ from torch import nn
 
 from lora import add_adapters
 from model import WanModel
-from samples import write_whole
-from weights import DIFFUSERS_NAMES, rename
+from samples import weights_digest, write_whole
+from weights import DIFFUSERS_NAMES, expert_of, rename
 
 # ----------------------------------------------------------------------------------------------------------------------
 # names in public files
@@ -216,6 +216,68 @@ def merge_into(read, files):
     return read_merged
 
 
+@dataclass(frozen=True)
+class LoraFile:
+    """A LoRA file that sampling attaches."""
+    path: str
+    strength: float
+    adapters: dict                    # {layer: Adapter}
+
+    def __str__(self):
+        return f"{self.path}:{self.strength:g}"
+
+    @property
+    def digest(self):
+        """Return text that names the contents and the strength."""
+        return f"{weights_digest(self.path)}:{self.strength:g}"
+
+
+def split_scale(flag, text):
+    """Return the path and the scale of FILE or FILE:SCALE; the path may have colons of its own."""
+    if Path(text).is_file():
+        return text, 1.0
+    path, _, scale = text.rpartition(":")
+    if not Path(path).is_file():
+        raise ValueError(f"{flag} {text}: not a file; expected FILE or FILE:SCALE, such as a run's "
+                         "export/lora.safetensors:0.8")
+    try:
+        strength = float(scale)
+    except ValueError:
+        strength = math.nan
+    if not math.isfinite(strength):
+        raise ValueError(f"{flag} {text}: the scale is {scale!r}; expected a number, such as 0.8")
+    return path, strength
+
+
+def open_lora_files(flag, texts, config, expert=""):
+    """
+    Return the LoraFiles of a command line's flag, texts FILE or FILE:SCALE, for a model of config. expert: "high" or
+    "low" where the model is one of two. ValueError for a file that is not for this model. No matrix is read.
+    """
+    other = {"high": "low", "low": "high", "": None}[expert]
+    files = []
+    for text in texts:
+        path, strength = split_scale(flag, text)
+        if other and expert_of(path) == other:
+            raise ValueError(f"{flag} {text}: {flag} is for the {expert}-noise expert, and by its name this file is "
+                             f"for the {other}-noise one; exchange the files, or rename it")
+        adapters = open_lora(path)
+        check_adapters(adapters, config, f"{flag} {path}")
+        check_attachable(adapters, config, f"{flag} {path}")
+        files.append(LoraFile(path, strength, adapters))
+    return files
+
+
+def check_attachable(adapters, config, path):
+    """ValueError for an adapter of a layer that is not a plain linear one: attach cannot serve it, merging can."""
+    with torch.device("meta"):
+        model = WanModel(config)
+    for layer in adapters:
+        if type(model.get_submodule(layer)) is not nn.Linear:
+            raise ValueError(f"{path}: its adapter of {layer} is for a layer that computes in float32; merge the file "
+                             "into the weights with weights.py")
+
+
 def attach(model, files):
     """
     Give a model the adapters of files, [({layer: Adapter}, strength)], next to its weights, in place: in bf16 a merged
@@ -227,9 +289,7 @@ def attach(model, files):
             layers.setdefault(name, []).append((adapter, strength * adapter.scale))
     for name, parts in layers.items():
         base = model.get_submodule(name)
-        if type(base) is not nn.Linear:
-            raise ValueError(f"the adapter of {name} is for a layer that computes in float32; merge the file into the "
-                             "weights with weights.py")
+        assert type(base) is nn.Linear, f"{name}: check_attachable comes first"
         dtype = torch.promote_types(base.weight.dtype, torch.float32)
         A = torch.cat([adapter.A[:].to(dtype) for adapter, _ in parts])
         B = torch.cat([scale * adapter.B[:].to(dtype) for adapter, scale in parts], dim=1)

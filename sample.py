@@ -11,7 +11,6 @@ import math
 import os
 import sys
 from dataclasses import dataclass
-from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -21,8 +20,10 @@ import toy
 from samples import check_samples, fingerprint, read_header, read_sample, read_summaries, sample_files, seed_of
 from samples import weights_digest, write_sample
 from losses import add_noise, shift_sigma
+from lora_files import open_lora_files
 from model import hold_first_frame
-from weights import find_experts, load_wan, locate_weights, open_wan
+from streaming import load_models
+from weights import find_experts, locate_weights, open_wan
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -265,17 +266,19 @@ def generate(model, context, seeds, shape, sampler, negative=None, low=None, dev
 # ----------------------------------------------------------------------------------------------------------------------
 # negatives: the losing half of GT-Pairs
 
-SETTINGS = {"model", "seed", "negative_prompt", *Sampler.__dataclass_fields__}   # in metadata: what made a negative
+# in metadata: what made a negative
+SETTINGS = {"model", "seed", "negative_prompt", "lora", "low_lora", *Sampler.__dataclass_fields__}
 
 
-def negative_settings(model_name, sampler, seed=0, negative_prompt=""):
+def negative_settings(model_name, sampler, seed=0, negative_prompt="", lora="", low_lora=""):
     """
-    What negatives are made with, {name: text}, for their metadata. model_name names the weights. Settings that the
-    first negatives did not name are left out at their defaults, so that those stay valid.
+    What negatives are made with, {name: text}, for their metadata. model_name names the weights, lora and low_lora the
+    adapters. Settings that the first negatives did not name are left out at their defaults, so that those stay valid.
     """
     always = ("model", "seed", "steps", "flow_shift", "guidance")
-    defaults = vars(Sampler()) | {"negative_prompt": ""}
-    settings = {"model": model_name, "seed": seed, **vars(sampler), "negative_prompt": negative_prompt}
+    others = {"negative_prompt": negative_prompt, "lora": lora, "low_lora": low_lora}
+    defaults = vars(Sampler()) | dict.fromkeys(others, "")
+    settings = {"model": model_name, "seed": seed, **vars(sampler), **others}
     return {name: str(value) for name, value in settings.items() if name in always or value != defaults[name]}
 
 
@@ -364,6 +367,8 @@ def parse_args(argv):
     add("--prompts", nargs="+", default=[], help="make videos: prompts, or .txt files with a prompt a line")
     add("--pairs", default="", help="make negatives: folder with real/*.safetensors")
     add("--init", default="toy_base", help="weights: a file, an original or diffusers folder; A14B: with both experts")
+    add("--lora", nargs="+", default=[], metavar="FILE[:SCALE]", help="adapters; of two experts the high-noise one's")
+    add("--low_lora", nargs="+", default=[], metavar="FILE[:SCALE]", help="adapters of the low-noise expert")
     add("--weights", default="", help="folder with Wan's text encoder, tokenizer, VAE and CLIP; default: --init")
     add("--seed", type=int, default=0, help="seed of all noise")
     add("--batch_size", type=int, default=0, help="videos made together; 0: 1 for Wan, 64 for the embedded world")
@@ -395,8 +400,8 @@ def fill_defaults(args, config, two_experts):
     variant = "embedded" if config.vae == "embedded" else config.model_type + (" a14b" if two_experts else "")
     if variant not in DEFAULTS:
         raise ValueError(f"--init {args.init}: two experts of type {config.model_type}; expected t2v or i2v")
-    if not two_experts and (args.boundary or args.low_guidance):
-        raise ValueError(f"--boundary and --low_guidance are for two experts, and {args.init} is one model")
+    if not two_experts and (args.boundary or args.low_guidance or args.low_lora):
+        raise ValueError(f"--boundary, --low_guidance and --low_lora are for two experts, and {args.init} is one model")
     if args.pairs:
         args.guidance = args.guidance or 1.0
     if two_experts:
@@ -423,37 +428,10 @@ def fill_defaults(args, config, two_experts):
         raise ValueError(f"--boundary {args.boundary}: expected a sigma between 0 and 1, as 0.875 (t2v) or 0.9 (i2v)")
 
 
-def image_files(args, config, count):
-    """--image and --last_image as (first, last) for each of `count` prompts, "" where the model needs none."""
-    kind = config.model_type
-    columns = []
-    for flag, files, taken_by, needed_by in (("--image", args.image, ("i2v", "flf2v", "ti2v"), ("i2v", "flf2v")),
-                                             ("--last_image", args.last_image, ("flf2v",), ("flf2v",))):
-        if files and kind not in taken_by:
-            raise ValueError(f"{flag}: {args.init} is a {kind} model, takes no picture; only {', '.join(taken_by)} do")
-        if not files and kind in needed_by:
-            raise ValueError(f"{flag} is missing: {args.init} is a model of type {kind} and needs it for every video")
-        if len(files) not in (0, 1, count):
-            raise ValueError(f"{flag}: {len(files)} pictures for {count} prompts; expected one, or one for each")
-        for file in files:
-            if not Path(file).is_file():
-                raise ValueError(f"{flag} {file}: no such file")
-        columns.append(files if len(files) == count else (files or [""]) * count)
-    return list(zip(*columns))
-
-
-def load_models(high, low, device):
-    """The model (or high-noise expert) on `device`, and the function, or None, that loads the other expert there."""
-    def load(path):
-        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-        return load_wan(path, dtype=dtype, device=device).eval().requires_grad_(False)
-    return load(high), cache(partial(load, low)) if low else None
-
-
 def make_videos(args, config, sampler, high, low):
     """Turn --prompts into samples, mp4 files and a contact sheet, with one large network in memory at a time."""
     from encode import check_clip, decode_samples, open_codecs
-    from tables import read_prompts
+    from tables import image_files, read_prompts
     from video import read_image
     codecs = open_codecs(config, args.weights, args.device)
     check_clip(codecs, args.frames, args.size)
@@ -479,8 +457,9 @@ def make_videos(args, config, sampler, high, low):
     negative = codecs.encode_text(args.negative_prompt) if sampler.guided else None
     codecs.free("text")
 
-    model, load_low = load_models(high, low, args.device)
-    metadata = {"source": f"generated by {args.init}", "encoder": codecs.name, "fps": args.fps, **vars(sampler)}
+    model, load_low = load_models(high, low, args)
+    source = " + ".join([f"generated by {args.init}", *map(str, args.lora + args.low_lora)])
+    metadata = {"source": source, "encoder": codecs.name, "fps": args.fps, **vars(sampler)}
     for start in tqdm(range(0, len(numbers), args.batch_size), desc="videos", disable=args.rank != 0):
         batch = numbers[start:start + args.batch_size]
         seeds = [seed_of(args.seed, number) for number in batch]
@@ -501,7 +480,9 @@ def add_negatives(args, config, sampler, high, low):
     """Make the negatives that --pairs lacks. Nothing is loaded where none is missing."""
     from encode import open_codecs
     model_name = "+".join(weights_digest(path) for path in (high, low) if path)
-    settings = negative_settings(model_name, sampler, args.seed, args.negative_prompt if sampler.guided else "")
+    adapters = [" ".join(file.digest for file in files) for files in (args.lora, args.low_lora)]
+    negative_prompt = args.negative_prompt if sampler.guided else ""
+    settings = negative_settings(model_name, sampler, args.seed, negative_prompt, *adapters)
     missing = missing_negatives(args.pairs, settings, args.name, args.per_sample, args.rank, args.world)
     if missing:
         negative = None
@@ -509,7 +490,7 @@ def add_negatives(args, config, sampler, high, low):
             codecs = open_codecs(config, args.weights, args.device)
             negative = codecs.encode_text(args.negative_prompt)
             codecs.free("text")
-        model, load_low = load_models(high, low, args.device)
+        model, load_low = load_models(high, low, args)
         make_negatives(model, missing, settings, sampler, args.batch_size, negative, load_low, args.rank == 0)
     print(f"rank {args.rank}: {len(missing)} negatives made in {args.pairs}", flush=True)
 
@@ -537,6 +518,8 @@ def main(args):
     config, _ = open_wan(high)
     if low:
         open_wan(low, config)
+    args.lora = open_lora_files("--lora", args.lora, config, "high" if low else "")
+    args.low_lora = open_lora_files("--low_lora", args.low_lora, config, "low")
     if args.pairs:
         files = sample_files(Path(args.pairs) / "real")
         for file in files:
@@ -548,6 +531,9 @@ def main(args):
                       args.renoise)
     if args.rank == 0:
         print(f"{args.init}: {config.model_type}, {sampler}", flush=True)
+        for flag, files in (("--lora", args.lora), ("--low_lora", args.low_lora)):
+            for file in files:
+                print(f"{flag} {file}: {len(file.adapters)} layers", flush=True)
     work = make_videos if args.prompts else add_negatives
     work(args, config, sampler, high, low)
 

@@ -1,5 +1,5 @@
 """
-Text from users: prompts, and the tables that say which video has which prompt.
+What users say of videos: prompts, the pictures for them, and the tables that say which video has which prompt.
 
 Text files are UTF-8, with or without a byte order mark, and split at line feeds only. Anything wrong raises ValueError
 with the file and the line.
@@ -74,6 +74,28 @@ def read_prompts(arguments):
             raise ValueError(f"--prompts {argument}: the file has no line with a prompt")
         prompts += lines
     return prompts
+
+
+def image_files(args, config, count):
+    """
+    The pictures that --image and --last_image give, as (first, last) for each of `count` prompts, "" where the model of
+    config needs none. ValueError for pictures that it does not take or lacks.
+    """
+    kind = config.model_type
+    columns = []
+    for flag, files, taken_by, needed_by in (("--image", args.image, ("i2v", "flf2v", "ti2v"), ("i2v", "flf2v")),
+                                             ("--last_image", args.last_image, ("flf2v",), ("flf2v",))):
+        if files and kind not in taken_by:
+            raise ValueError(f"{flag}: {args.init} is a {kind} model, takes no picture; only {', '.join(taken_by)} do")
+        if not files and kind in needed_by:
+            raise ValueError(f"{flag} is missing: {args.init} is a model of type {kind} and needs it for every video")
+        if len(files) not in (0, 1, count):
+            raise ValueError(f"{flag}: {len(files)} pictures for {count} prompts; expected one, or one for each")
+        for file in files:
+            if not Path(file).is_file():
+                raise ValueError(f"{flag} {file}: no such file")
+        columns.append(files if len(files) == count else (files or [""]) * count)
+    return list(zip(*columns))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -183,8 +183,8 @@ def open_tensors(path):
     tensors, where, names = {}, {}, {}                                   # by our names
     for name, file in files.items():
         if re.search(r"\.lora_(A|B|down|up)\.", name):
-            raise ValueError(f"{file} holds adapters, not a model; give it to train.py --init_lora, or merge it with "
-                             "python weights.py")
+            raise ValueError(f"{file} holds adapters, not a model; give it to sample.py --lora or to train.py "
+                             "--init_lora, or merge it with python weights.py")
         tensor = handles[file].get_slice(name)
         if tensor.get_dtype() not in TORCH_DTYPES or re.search("scale_weight|scale_input|weight_scale", name):
             raise ValueError(f"{file}: {name} is {tensor.get_dtype()}: 8-bit and scaled files are for inference, their "

@@ -30,11 +30,12 @@ IMPORTS = {
     "lora.py": "model inside lora_files",
     "lora_files.py": "model lora samples weights",
     "export.py": "samples step_folder weights lora_files",
+    "streaming.py": "lora_files weights",
     "fsdp_utils.py": "model memory weights lora",
     "run_folder.py": "data samples weights step_folder fsdp_utils",
     "ref_cache.py": "data samples fsdp_utils",
     "sample.py":
-        "losses model data samples weights lora_files memory fsdp_utils pictures toy "
+        "losses model data samples weights lora_files streaming memory fsdp_utils pictures toy "
         "inside encode tables wan_encoders video",
     "evaluate.py": "losses model data samples sample weights toy fsdp_utils pictures",
     "encode.py": "data samples model toy pictures tables video wan_encoders",

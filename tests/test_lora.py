@@ -22,10 +22,11 @@ from data import open_data
 from export import export_weights
 from fsdp_utils import build_model, start_ranks
 from lora import TARGETS, Average, LoraPlan, Reference, add_adapters, find_layers, initial_adapters, lora_layers
-from lora_files import DIALECTS, Adapter, attach, check_adapters, merge_into, open_lora, save_lora
+from lora_files import DIALECTS, Adapter, attach, check_adapters, merge_into, open_lora, open_lora_files, save_lora
 from make_golden import diffusers_twin, make_case
 from memory import MemoryFlags, check_memory_flags, save_memory
 from model import CONFIGS, WanModel
+from samples import read_sample
 from weights import LORA_FORMATS, load_wan, main, parse_args, save_wan
 
 CONFIG = dataclasses.replace(CONFIGS["tiny"], dim=32, ffn_dim=64, num_layers=2)
@@ -130,11 +131,12 @@ def test_in_bf16_adapters_next_to_the_weights_keep_what_merging_loses():
     assert layer.lora_A.weight.dtype == torch.bfloat16 and (product - expected).norm() < 0.01 * expected.norm()
 
 
-def test_an_adapter_of_a_layer_in_float32_is_refused_for_sampling_and_merged():
+def test_an_adapter_of_a_layer_in_float32_is_refused_for_sampling_and_merged(tmp_path):
     model, inputs, _ = make_case("tiny")
     adapters = {"time_projection.1": Adapter(torch.randn(2, 128), torch.randn(768, 2), 2.0)}
+    save_lora(tmp_path / "file", adapters)
     with pytest.raises(ValueError, match="time_projection.1 is for a layer that computes in float32; merge the file"):
-        attach(model, [(adapters, 1.0)])
+        open_lora_files("--lora", [str(tmp_path / "file")], model.config)
     assert not torch.equal(merged(model, adapters)(**inputs), model(**inputs))
 
 
@@ -811,9 +813,124 @@ def test_adapters_without_a_known_base_and_weights_without_adapters_are_refused(
         convert(world / "base", "--format", "lora_kohya", "--out", tmp_path / "x.safetensors")
     with pytest.raises(ValueError, match="lora is a single file; give it a name that ends in .safetensors"):
         convert(copied, "--format", "lora", "--out", tmp_path / "x")
-    with pytest.raises(ValueError, match="copied.safetensors.* holds adapters, not a model.*--init_lora.*weights.py"):
+    with pytest.raises(ValueError, match="copied.* holds adapters, not a model.*sample.py --lora.*weights.py"):
         load_wan(copied)
     assert not list(tmp_path.glob("x*"))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# sampling with adapters
+
+def sample_main(*argv):
+    import sample
+    sample.main(sample.parse_args([str(word) for word in argv]))
+
+
+def random_model(seed):
+    torch.manual_seed(seed)
+    model = WanModel(CONFIGS["tiny"])
+    torch.nn.init.normal_(model.head.head.weight, std=0.05)
+    return model
+
+
+@pytest.fixture(scope="module")
+def tiny_with_adapters(tmp_path_factory):
+    """
+    A folder with base/, two LoRA files, and merged/: base/ with the first and -0.5 times the second. experts/ has base/
+    for high noise and another model for low noise; experts_merged/ both, each with the first file merged.
+    """
+    folder = tmp_path_factory.mktemp("sampling")
+    base, low = random_model(0), random_model(1)
+    first, second = random_adapters(base.config), random_adapters(base.config, "q,ffn.2", rank=2, seed=1)
+    save_lora(folder / "first.safetensors", first)
+    save_lora(folder / "second: it.safetensors", second, "lora_kohya")
+    save_wan(base, folder / "base")
+    save_wan(merged(merged(base, first), second, -0.5), folder / "merged")
+    for name, models in (("experts", (base, low)), ("experts_merged", (merged(base, first), merged(low, first, 0.7)))):
+        for model, expert in zip(models, ("high_noise_model", "low_noise_model")):
+            save_wan(model, folder / name / expert)
+    return folder
+
+
+def sampled(out, init, *flags):
+    """The sample that the command line makes of one caption."""
+    sample_main("--prompts", "small red circle moving fast left", "--init", init, "--steps", 3, "--out", out, *flags)
+    return read_sample(out / "00000.safetensors")
+
+
+def check_merged(base, with_files, with_merged):
+    """Samples of a model, of the same with LoRA files, and of the merged weights: are the last two alike?"""
+    base, with_files, with_merged = (sample["latents"] for sample in (base, with_files, with_merged))
+    assert (with_files - with_merged).norm() < 1e-4 * with_merged.norm()
+    assert (base - with_merged).norm() > 0.01 * with_merged.norm()
+
+
+def test_samples_with_lora_files_are_those_of_the_merged_model(tiny_with_adapters, tmp_path, capsys):
+    folder = tiny_with_adapters
+    files = (folder / "first.safetensors", f"{folder / 'second: it.safetensors'}:-0.5")
+    with_files = sampled(tmp_path / "files", folder / "base", "--lora", *files)
+    assert re.search("--lora .*first.safetensors:1: 40 layers\n--lora .*it.safetensors:-0.5: 12 layers",
+                     capsys.readouterr().out)
+    assert re.search(r"base \+ .*first.safetensors:1 \+ .*it.safetensors:-0.5$", with_files["metadata"]["source"])
+    check_merged(sampled(tmp_path / "base", folder / "base"), with_files,
+                 sampled(tmp_path / "merged", folder / "merged"))
+
+
+def test_each_of_two_experts_has_its_own_lora_files(tiny_with_adapters, tmp_path):
+    folder, boundary = tiny_with_adapters, ("--boundary", 0.9)
+    whole, part = folder / "first.safetensors", f"{folder / 'first.safetensors'}:0.7"
+    files = ("--lora", whole, "--low_lora", part)
+    with_files = sampled(tmp_path / "files", folder / "experts", *boundary, *files)
+    with_merged = sampled(tmp_path / "merged", folder / "experts_merged", *boundary)
+    check_merged(sampled(tmp_path / "base", folder / "experts", *boundary), with_files, with_merged)
+    files = ("--lora", part, "--low_lora", whole)
+    exchanged = sampled(tmp_path / "exchanged", folder / "experts", *boundary, *files)
+    assert (exchanged["latents"] - with_merged["latents"]).norm() > 1e-3 * with_merged["latents"].norm()
+
+
+def test_negatives_name_the_adapters_that_made_them(tiny_with_adapters, world, tmp_path):
+    folder = tiny_with_adapters
+    (tmp_path / "real").mkdir()
+    for i in range(2):
+        shutil.copy(world / "data" / "real" / f"{i:03d}.safetensors", tmp_path / "real")
+    flags = ("--pairs", tmp_path, "--init", folder / "base", "--steps", 2)
+    sample_main(*flags, "--lora", folder / "first.safetensors")
+    made = read_sample(tmp_path / "negatives" / "000.safetensors")
+    shutil.copy(folder / "first.safetensors", tmp_path / "renamed")
+    sample_main(*flags, "--lora", f"{tmp_path / 'renamed'}:1.0")                       # the same: nothing to make
+    for other in ((), ("--lora", f"{folder / 'first.safetensors'}:0.5"), ("--lora", folder / "second: it.safetensors")):
+        with pytest.raises(ValueError, match="was made with .*'lora': .* is asked for"):
+            sample_main(*flags, *other)
+    sample_main(*flags, "--lora", f"{folder / 'first.safetensors'}:0.5", "--name", "negatives_half")
+    half = read_sample(tmp_path / "negatives_half" / "000.safetensors")
+    assert not torch.equal(half["latents"], made["latents"])
+    assert half["metadata"]["model"] == made["metadata"]["model"]
+
+
+@pytest.mark.parametrize("flags, words", [
+    ("--lora nowhere", "--lora .*nowhere: not a file; expected FILE or FILE:SCALE"),
+    ("--lora base", "--lora .*base: not a file"),
+    ("--lora first.safetensors:x", "--lora .*first.safetensors:x: the scale is 'x'; expected a number"),
+    ("--lora first.safetensors:", "--lora .*first.safetensors:: the scale is ''"),
+    ("--lora first.safetensors:nan", "the scale is 'nan'"),
+    ("--lora wide", "--lora .*wide is for another model: its adapter of blocks"),
+    ("--lora base/diffusion_pytorch_model.safetensors", "fits no layer of a Wan model"),
+    ("--low_lora first.safetensors", "--low_lora are for two experts, and .* is one model"),
+    ("--init experts --lora low_noise.safetensors:0.5", "--lora is for the high-noise expert, and by its name"),
+    ("--init experts --low_lora high_noise.safetensors", "--low_lora is for the low-noise expert, and by its name"),
+])
+def test_adapters_that_cannot_be_sampled_with_are_refused_before_a_model_is_loaded(tiny_with_adapters, tmp_path,
+                                                                                  monkeypatch, flags, words):
+    import streaming
+    monkeypatch.setattr(streaming, "load_wan", lambda *args, **options: pytest.fail("the model was loaded"))
+    folder = tiny_with_adapters
+    save_lora(folder / "wide", random_adapters(dataclasses.replace(CONFIGS["tiny"], dim=64)))
+    for expert in ("high", "low"):
+        shutil.copy(folder / "first.safetensors", folder / f"{expert}_noise.safetensors")
+    words_given = [word if word.startswith("--") else str(folder / word) for word in flags.split()]
+    with pytest.raises(ValueError, match=words):
+        sample_main("--prompts", "a circle", "--init", folder / "base", "--out", tmp_path / "out", *words_given)
+    assert not (tmp_path / "out").exists()
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import sample
+import streaming
 import toy
 from data import open_data
 from samples import read_sample, write_sample
@@ -410,7 +411,7 @@ def test_existing_negatives_are_kept_and_other_settings_are_refused(base, pairs)
 def test_no_model_is_loaded_where_no_negative_is_missing(base, pairs, monkeypatch):
     flags = ("--pairs", pairs, "--init", base[0], "--steps", 1)
     run(*flags)
-    monkeypatch.setattr(sample, "load_wan", None)
+    monkeypatch.setattr(streaming, "load_wan", None)
     run(*flags)
 
 
@@ -527,7 +528,7 @@ def test_what_is_no_prompt_is_refused_by_name(base, tmp_path, monkeypatch, promp
 
 
 def test_text_that_no_sample_can_hold_is_refused_before_the_model_runs(base, pairs, monkeypatch):
-    monkeypatch.setattr(sample, "load_wan", None)
+    monkeypatch.setattr(streaming, "load_wan", None)
     with pytest.raises(ValueError, match="--negative_prompt: 'gr.udce4u' is not UTF-8"):
         run("--init", base[0], "--pairs", pairs, "--steps", 1, "--negative_prompt", "gr\udce4u")
     (pairs / "real" / "00.safetensors").rename(pairs / "real" / "\udce4.safetensors")

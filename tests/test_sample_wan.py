@@ -7,6 +7,7 @@ import torch
 
 import wan_encoders
 import sample
+import streaming
 from conftest import write_png
 from data import open_data
 from samples import read_sample, write_sample
@@ -85,7 +86,11 @@ def log(monkeypatch):
     log = []
     monkeypatch.setattr(wan_encoders, "open_encoders", lambda path, config, device="cpu": Encoders(config, log))
     monkeypatch.setattr(wan_encoders, "NEGATIVE_PROMPT", "the official one")
-    monkeypatch.setattr(sample, "load_wan", lambda *args, **named: log.append("load model") or load_wan(*args, **named))
+
+    def load(*args, **options):
+        log.append("load model")
+        return load_wan(*args, **options)
+    monkeypatch.setattr(streaming, "load_wan", load)
     return log
 
 
@@ -214,7 +219,7 @@ def test_the_second_expert_is_read_when_its_turn_comes_straight_to_the_device(wa
         order.append(f"read {path.name} as {dtype} to {device}")
         return Recorded(load_wan(path, dtype=dtype, device=device), path.name)
 
-    monkeypatch.setattr(sample, "load_wan", load)
+    monkeypatch.setattr(streaming, "load_wan", load)
     for i in range(2):
         write_sample(tmp_path / "real" / f"{i}.safetensors", torch.zeros(16, 1, 4, 2), torch.zeros(3, 20), {})
     run("--init", wan_folder("t2v a14b"), "--pairs", tmp_path, "--steps", 2, "--boundary", 0.95)
@@ -249,7 +254,7 @@ def test_a_rank_of_torchrun_takes_its_gpu_before_anything_allocates(wan_folder, 
     ("t2v", ["--solver", "dpm"], "--solver dpm: expected euler or unipc"),
     ("t2v", ["--steps", "-1"], "--steps -1: expected a number above 0"),
     ("t2v a14b", ["--boundary", "875"], "--boundary 875.0: expected a sigma between 0 and 1"),
-    ("t2v", ["--boundary", "0.9"], "--boundary and --low_guidance are for two experts"),
+    ("t2v", ["--boundary", "0.9"], "--boundary, --low_guidance and --low_lora are for two experts"),
 ])
 def test_what_a_variant_cannot_do_is_refused_before_loading(wan_folder, log, picture, tmp_path, variant, flags, words):
     flags = [picture if flag == "PICTURE" else flag for flag in flags]
