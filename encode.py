@@ -51,11 +51,14 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"               # of Wan's
 # ---------------------------------------------------------------------------------------------------------------------
 # codecs
 
-def open_codecs(config, weights, device=DEVICE):
-    """What turns prompts, pictures and videos of a model into numbers and back. weights: folder of Wan's encoders."""
+def open_codecs(config, weights, device=DEVICE, offload=False):
+    """
+    What turns prompts, pictures and videos of a model into numbers and back. weights: folder of Wan's encoders;
+    offload: the blocks of the text encoder stay in CPU memory.
+    """
     if config.vae == "embedded":
         return toy.PixelCodec()
-    return wan_encoders.open_encoders(weights, config, device)
+    return wan_encoders.open_encoders(weights, config, device, offload)
 
 
 def check_clip(codecs, frames, size):
@@ -298,7 +301,7 @@ def encode_job(job, codecs, config, args, progress):
 def encode_folder(args):
     check_flags(args)
     config = CONFIGS["tiny" if args.encoder == "pixel" else args.model]
-    codecs = open_codecs(config, args.weights)
+    codecs = open_codecs(config, args.weights, offload=args.offload_params)
     check_clip(codecs, args.frames, args.size)
     if args.text_only and config.model_type != "ti2v":
         raise ValueError(f"--text_only: {args.model} is a {config.model_type} model; "
@@ -394,6 +397,9 @@ def parse_args(argv=None):
     # what turns video and prompts into latents and context
     add("--encoder", type=str, default="pixel", choices=["pixel", "wan"], help="the embedded world's codec, or Wan's")
     add("--weights", type=str, default="", help="wan: an original Wan folder or a diffusers folder, with all encoders")
+    add("--offload_params", action="store_true",
+        help="wan, on a small GPU: the text encoder's blocks stay in CPU memory, and each is copied to the GPU when "
+             "its turn comes")
     add("--model", type=str, default="",
         help=f"wan: the model the samples are for, which says which VAE and conditions: {', '.join(CONFIGS)}")
     add("--text_only", action="store_true", help="wan2.2-ti2v-5b: no first_latent, so samples for text-to-video")

@@ -376,8 +376,8 @@ def pin(buffer):
     address = buffer.data_ptr()
     error = int(torch.cuda.cudart().cudaHostRegister(address, buffer.nbytes, 1))         # 1: for all CUDA contexts
     if error:
-        raise RuntimeError(f"cudaHostRegister of {buffer.nbytes:,} bytes for --offload_activations failed with CUDA "
-                           f"error {error}: is this much CPU memory free, and does ulimit -l allow it?")
+        raise RuntimeError(f"cudaHostRegister of {buffer.nbytes:,} bytes failed with CUDA error {error}: is this much "
+                           "CPU memory free for what is offloaded, and does ulimit -l allow it?")
     unpin = weakref.finalize(buffer.untyped_storage(), torch.cuda.cudart().cudaHostUnregister, address)
     unpin.atexit = False                                   # CUDA may be gone by then
 

@@ -369,6 +369,8 @@ def parse_args(argv):
     add("--init", default="toy_base", help="weights: a file, an original or diffusers folder; A14B: with both experts")
     add("--lora", nargs="+", default=[], metavar="FILE[:SCALE]", help="adapters; of two experts the high-noise one's")
     add("--low_lora", nargs="+", default=[], metavar="FILE[:SCALE]", help="adapters of the low-noise expert")
+    add("--offload_params", action="store_true", help="on a small GPU: the model's and the text encoder's blocks stay "
+        "in CPU memory, and each is copied to the GPU when its turn comes")
     add("--weights", default="", help="folder with Wan's text encoder, tokenizer, VAE and CLIP; default: --init")
     add("--seed", type=int, default=0, help="seed of all noise")
     add("--batch_size", type=int, default=0, help="videos made together; 0: 1 for Wan, 64 for the embedded world")
@@ -433,7 +435,7 @@ def make_videos(args, config, sampler, high, low):
     from encode import check_clip, decode_samples, open_codecs
     from tables import image_files, read_prompts
     from video import read_image
-    codecs = open_codecs(config, args.weights, args.device)
+    codecs = open_codecs(config, args.weights, args.device, args.offload_params)
     check_clip(codecs, args.frames, args.size)
     rows, columns = (side // (codecs.multiple // config.patch_size[1]) for side in args.size)
     shape = (config.out_dim, (args.frames - 1) // codecs.frame_step + 1, rows, columns)
@@ -487,7 +489,7 @@ def add_negatives(args, config, sampler, high, low):
     if missing:
         negative = None
         if sampler.guided:
-            codecs = open_codecs(config, args.weights, args.device)
+            codecs = open_codecs(config, args.weights, args.device, args.offload_params)
             negative = codecs.encode_text(args.negative_prompt)
             codecs.free("text")
         model, load_low = load_models(high, low, args)

@@ -17,6 +17,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
+from streaming import stream_blocks
 from weights import find_weights, open_safetensors, read_json
 
 # Wan's negative prompt where a user gives none, and what Wan2.1's image models put before it: "shaking camera",
@@ -227,11 +228,12 @@ def fill(build, state, file, device, dtype):
 # ---------------------------------------------------------------------------------------------------------------------
 # the encoders
 
-def open_encoders(path, config, device="cpu"):
+def open_encoders(path, config, device="cpu", offload=False):
     """
     The Encoders of a model; loads nothing yet.
 
-    path: an original Wan folder or a diffusers folder, whole; config: the WanConfig of the model.
+    path: an original Wan folder or a diffusers folder, whole; config: the WanConfig of the model; offload: the blocks
+    of the text encoder stay in CPU memory, see streaming.Stream.
     """
     if not Path(path).is_dir():
         raise ValueError(f"{path}: no such folder; expected an original Wan folder or a diffusers one, "
@@ -239,7 +241,7 @@ def open_encoders(path, config, device="cpu"):
     if config.vae not in LATENTS:
         raise ValueError(f"a model with {config.out_dim} latent channels has no Wan encoders; "
                          "those are for 16 (Wan2.1, A14B) and 48 (Wan2.2-TI2V-5B)")
-    return Encoders(Path(path), config, torch.device(device))
+    return Encoders(Path(path), config, torch.device(device), offload)
 
 
 def exact(method):
@@ -268,10 +270,11 @@ class Encoders:
     name = "wan"
     frame_step = 4                                                    # a video has frame_step * n + 1 frames
 
-    def __init__(self, path, config, device):
+    def __init__(self, path, config, device, offload=False):
         self.path = path
         self.config = config
         self.device = device
+        self.offload = offload                                        # blocks of the text encoder to CPU memory
         self.loaded = {}
         self.has_warned = False                                       # of a prompt that is too long
         self.multiple = PIXELS[config.vae] * config.patch_size[1]     # of height and width, in pixels
@@ -324,8 +327,12 @@ class Encoders:
                              "download the folder again")
         state["encoder.embed_tokens.weight"] = shared
         dtype = torch.bfloat16 if self.device.type == "cuda" else None
-        encoder = fill(lambda: UMT5EncoderModel(UMT5Config.from_dict(settings)), state, file, self.device, dtype)
+        device = "cpu" if self.offload else self.device
+        encoder = fill(lambda: UMT5EncoderModel(UMT5Config.from_dict(settings)), state, file, device, dtype)
         encoder.encoder.embed_tokens.weight = encoder.shared.weight
+        if self.offload:
+            stream_blocks(encoder.encoder, "block", self.device)
+            encoder.to(self.device)
         return tokenizer, encoder
 
     def load_vae(self):

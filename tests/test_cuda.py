@@ -17,6 +17,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 from memory import MemoryFlags, Offload, save_memory
 from model import CONFIGS, WanConfig, WanModel
 from samples import write_sample
+from streaming import stream_blocks
 from weights import save_wan
 
 pytestmark = pytest.mark.skipif(
@@ -130,3 +131,37 @@ def test_copies_of_offloaded_activations_run_in_parallel_with_the_computation():
     copy_alone, products_alone, both = (min(seconds(*case) for _ in range(3))
                                         for case in ((True, 0), (False, 20), (True, 20)))
     assert both < max(copy_alone, products_alone) + 0.4 * min(copy_alone, products_alone)
+
+
+def small_model(device):
+    torch.manual_seed(0)
+    model = WanModel(SMALL)
+    torch.nn.init.normal_(model.head.head.weight, std=0.05)
+    return model.bfloat16().eval().requires_grad_(False).to(device)
+
+
+def test_blocks_that_are_streamed_from_cpu_memory_give_the_velocity_in_every_bit():
+    torch.manual_seed(1)
+    inputs = (torch.randn(1, 16, 8, 16, 16, device="cuda"), torch.full((1,), 700.0, device="cuda"),
+              torch.randn(1, 32, 64, device="cuda"))
+    expected = small_model("cuda")(*inputs)
+    model = small_model("cpu")
+    blocks = list(model.blocks)
+    stream_blocks(model, "blocks", torch.device("cuda"))
+    for _ in range(3):
+        assert torch.equal(model(*inputs), expected)
+    assert all(p.is_pinned() for block in blocks for p in block.parameters())
+
+
+def test_of_streamed_blocks_two_are_on_the_gpu():
+    model = small_model("cpu")
+    block_bytes = sum(p.nbytes for p in model.blocks[0].parameters())
+    stream_blocks(model, "blocks", torch.device("cuda"))
+    inputs = (torch.randn(1, 16, 1, 2, 2, device="cuda"), torch.full((1,), 700.0, device="cuda"),
+              torch.randn(1, 32, 64, device="cuda"))
+    model(*inputs)                                         # what cuBLAS keeps for itself is allocated now
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    model(*inputs)
+    assert 2 * block_bytes <= torch.cuda.max_memory_allocated() - before < 3 * block_bytes
+    assert torch.cuda.memory_allocated() == before

@@ -30,7 +30,7 @@ IMPORTS = {
     "lora.py": "model inside lora_files",
     "lora_files.py": "model lora samples weights",
     "export.py": "samples step_folder weights lora_files",
-    "streaming.py": "lora_files weights",
+    "streaming.py": "lora_files memory weights",
     "fsdp_utils.py": "model memory weights lora",
     "run_folder.py": "data samples weights step_folder fsdp_utils",
     "ref_cache.py": "data samples fsdp_utils",
@@ -40,7 +40,7 @@ IMPORTS = {
     "evaluate.py": "losses model data samples sample weights toy fsdp_utils pictures",
     "encode.py": "data samples model toy pictures tables video wan_encoders",
     "tables.py": "data samples video",
-    "wan_encoders.py": "model weights",
+    "wan_encoders.py": "model streaming weights",
     "train.py": MACHINERY + " export ref_cache",
     "train_spo.py": MACHINERY + " export",
 }

@@ -84,7 +84,7 @@ def wan_folder(tmp_path_factory):
 @pytest.fixture
 def log(monkeypatch):
     log = []
-    monkeypatch.setattr(wan_encoders, "open_encoders", lambda path, config, device="cpu": Encoders(config, log))
+    monkeypatch.setattr(wan_encoders, "open_encoders", lambda path, config, *options: Encoders(config, log))
     monkeypatch.setattr(wan_encoders, "NEGATIVE_PROMPT", "the official one")
 
     def load(*args, **options):

@@ -283,6 +283,15 @@ def test_what_a_prompt_loses_that_is_longer_than_the_encoder_reads_is_said_once(
     assert said.count("WARNING") == 1 and "reads 512 tokens" in said and "'cats and dogs" in said
 
 
+def test_a_text_encoder_with_offloaded_blocks_gives_the_same_in_every_bit(folders, format):
+    whole = open_encoders(folders[format][16], PRESETS["t2v"])
+    offloaded = open_encoders(folders[format][16], PRESETS["t2v"], offload=True)
+    assert torch.equal(offloaded.encode_text(CLEAN), whole.encode_text(CLEAN))
+    _, encoder = offloaded.part("text")
+    assert not [name for name, _ in encoder.named_parameters() if ".block." in name]
+    assert len(encoder.encoder.block) == 2
+
+
 def test_prompts_are_cleaned_as_wan_does(folders):
     encoders = open_encoders(folders["diffusers"][16], PRESETS["t2v"])
     assert torch.equal(encoders.encode_text(MESSY), encoders.encode_text(CLEAN))
