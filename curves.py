@@ -142,7 +142,8 @@ def separable(rows):
         if len(rows_there) > 9 and accuracy > 0.93 and moved < 0.2:
             return (f"accuracy{where} is {accuracy:.2f} although errors have hardly moved there ({moved:.0%}): "
                     "something trivial, such as grain, tells wins from losers. See python evaluate.py DATA; "
-                    "raise --min_timestep, or make negatives without guidance and with the same encoder")
+                    "make negatives without guidance and with the same encoder, and hold the picture with --loss "
+                    "regdpo, or with --loss dpo raise --min_timestep")
     return ""
 
 

@@ -152,7 +152,7 @@ def parse_args(argv):
         add(f"--{flag.name}", type=flag.type, default=flag.default, help=f"{flag.help} (--loss {users})")
     add("--timestep_sampling", default="uniform", choices=["uniform", "logit_normal"])
     add("--flow_shift", type=float, default=3.0, help="shift of the sigmas of training and sampling")
-    add("--min_timestep", type=float, default=600.0, help="lowest timestep trained on, after the shift")
+    add("--min_timestep", type=float, default=0.0, help="lowest timestep trained on, after the shift")
     add("--max_timestep", type=float, default=1000.0, help="highest timestep trained on")
     # the optimizer
     add("--steps", type=int, default=300, help="optimizer steps")

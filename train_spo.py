@@ -3,7 +3,7 @@ SPO, step-aware preference optimisation (arXiv 2406.04314), on rectified flow: e
 on the policy's own samples.
 
     python train_spo.py                                   # in the embedded world, judged by its exact metric
-    python train.py --loss preference --min_timestep 0    # a preference model, which judges noisy latents, ...
+    python train.py --loss preference                     # a preference model, which judges noisy latents, ...
     torchrun --nproc_per_node=8 train_spo.py --score out/preference/export    # ... and SPO judged by it
 
 A step of training is one roll-out of batch_size captions. From --unbranched on, each sampler step draws a pool of next

@@ -613,15 +613,15 @@ def test_the_warning_names_the_lowest_noise_that_hides_the_difference(monkeypatc
     monkeypatch.setattr(evaluate, "audit", lambda pairs, sigmas: rows)
     dataset = make_pairs(tmp_path, 8)
     report = audit_report(dataset, 0.1)
-    assert "WARNING: at the lowest noise trained on (sigma 0.1) grain alone tells win from lose in 91%" in report
+    assert "NOTE: at the lowest noise trained on (sigma 0.1) grain alone tells win from lose in 91%" in report
     assert "--min_timestep 400 at least (79% there" in report
-    assert "WARNING" not in audit_report(dataset, 0.2)     # 85% there
+    assert "NOTE" not in audit_report(dataset, 0.2)     # 85% there
     for row in rows:
         row["accuracy"] = max(0.8, row["accuracy"])
     report = audit_report(dataset, 0.0)
     assert "in 100%" in report and "--min_timestep" not in report             # no noise hides it
     rows[0]["accuracy"] = 0.9
-    assert "WARNING" not in audit_report(dataset, 0.0)
+    assert "NOTE" not in audit_report(dataset, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -655,10 +655,10 @@ def test_the_audit_finds_nothing_where_nothing_is_although_it_looks_at_many_numb
 
 def test_the_report_warns_at_the_noise_that_is_trained_on_only(tmp_path):
     dataset = make_pairs(tmp_path, 40, change=lambda x: 1.5 * x)
-    assert "WARNING: at the lowest noise trained on (sigma 0)" in audit_report(
+    assert "NOTE: at the lowest noise trained on (sigma 0)" in audit_report(
         dataset, 0.0
     ) and "--min_timestep" in audit_report(dataset, 0.0)
-    assert "WARNING" not in audit_report(dataset, 0.9)
+    assert "NOTE" not in audit_report(dataset, 0.9)
 
 
 def test_the_report_counts_pairs_of_equal_clips_and_says_when_there_are_too_few(tmp_path):

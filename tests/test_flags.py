@@ -17,7 +17,7 @@ TRAIN = FOLDER | MEMORY | ADAPTERS | {
     "loss": "regdpo", "model": "auto", "init": "toy_base", "data": "toy", "bad_samples": "stop", "out": "out/{loss}",
     "seed": 0, "caption_dropout": 0.0, "beta": 30.0, "r": None, "r_scale": 1.0, "r_min": 0.0, "clip": 0.1,
     "weight_steps": 50, "threshold": 0.9, "tau": 50.0, "penalty": 5.0, "mu": 0.9, "timestep_sampling": "uniform",
-    "flow_shift": 3.0, "min_timestep": 600.0, "max_timestep": 1000.0, "steps": 300, "batch_size": 16, "grad_accum": 1,
+    "flow_shift": 3.0, "min_timestep": 0.0, "max_timestep": 1000.0, "steps": 300, "batch_size": 16, "grad_accum": 1,
     "learning_rate": 1e-4, "weight_decay": 1e-3, "warmup_steps": 20, "decay_steps": 0, "max_grad_norm": 1.0,
     "loss_scale": 0.0, "ema_decay": 0.98, "backward": "joint", "replicate": 1, "save_every": 100, "probe_every": 50,
     "hold_back": 0, "log_every": 10, "toy_clips": 512, "sample_every": 0, "eval_clips": 256, "sample_steps": 20,
