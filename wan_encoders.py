@@ -9,6 +9,7 @@ Reads an original Wan folder (.pth files, nothing in them is executed) or a diff
 The networks are those of transformers and diffusers, imported when a part is first needed.
 """
 import html
+import math
 import pickle
 import re
 from functools import wraps
@@ -226,6 +227,61 @@ def fill(build, state, file, device, dtype):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# decoding in tiles
+
+WHOLE = 10**6
+TILES = (WHOLE, 64, 48, 32)                                           # in latents; one is tried after another
+OVERLAP = 16                                                          # latents that neighbouring tiles share, at least
+UNUSED = 4                                                            # of these, next to a tile's edge, are cut off
+
+
+def tile_starts(size, tile):
+    """Where tiles of `tile` latents start along a side of `size` latents, spread evenly."""
+    if size <= tile:
+        return [0]
+    count = math.ceil((size - OVERLAP) / (tile - OVERLAP))
+    return [i * (size - tile) // (count - 1) for i in range(count)]
+
+
+def tile_weights(start, size, tile, pixels):
+    """
+    The weight of each pixel of a tile along a side of `size` latents: 1, and next to an edge inside the picture first
+    0, where the zeros are felt with which the network pads a tile, then a ramp.
+    """
+    length = min(tile, size) * pixels
+    place = (torch.arange(length) + 0.5) / pixels                     # in latents
+    weights = torch.ones(length)
+    if start > 0:
+        weights = weights.minimum((place - UNUSED) / (OVERLAP - 2 * UNUSED))
+    if start + tile < size:
+        weights = weights.minimum((length / pixels - place - UNUSED) / (OVERLAP - 2 * UNUSED))
+    return weights.clamp(min=0)
+
+
+def decode_in_tiles(decode, latents, tile, pixels):
+    """
+    The video (3, F, pixels * h, pixels * w) of latents (C, f, h, w) from tiles of at most tile x tile latents, of which
+    decode makes parts of the video: where tiles overlap, one fades into the other. A decoder that sees no further than
+    UNUSED latents gives what it makes of the whole. What fits into one tile is decoded as a whole.
+    """
+    height, width = latents.shape[2:]
+    if max(height, width) <= tile:
+        return decode(latents)
+    video, total = None, torch.zeros(pixels * height, pixels * width)
+    for top in tile_starts(height, tile):
+        for left in tile_starts(width, tile):
+            part = decode(latents[:, :, top:top + tile, left:left + tile])
+            weights = tile_weights(top, height, tile, pixels)[:, None] * tile_weights(left, width, tile, pixels)
+            if video is None:
+                video = torch.zeros(*part.shape[:2], *total.shape)
+            rows = slice(pixels * top, pixels * top + part.shape[2])
+            columns = slice(pixels * left, pixels * left + part.shape[3])
+            video[:, :, rows, columns] += part * weights
+            total[rows, columns] += weights
+    return video / total
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # the encoders
 
 def open_encoders(path, config, device="cpu", offload=False):
@@ -275,6 +331,7 @@ class Encoders:
         self.config = config
         self.device = device
         self.offload = offload                                        # blocks of the text encoder to CPU memory
+        self.tile = WHOLE                                             # side of what the GPU can decode, in latents
         self.loaded = {}
         self.has_warned = False                                       # of a prompt that is too long
         self.multiple = PIXELS[config.vae] * config.patch_size[1]     # of height and width, in pixels
@@ -401,10 +458,28 @@ class Encoders:
 
     @exact
     def decode_video(self, latents):
-        """latents (C, f, h, w), normalised -> video (3, 4 (f-1) + 1, H, W) in [-1, 1]."""
+        """
+        latents (C, f, h, w), normalised -> video (3, 4 (f-1) + 1, H, W) in [-1, 1].
+
+        Where the whole takes more memory than the GPU has, this and later videos are decoded in tiles.
+        """
         vae, mean, std = self.part("vae")
         latents = latents.to(self.device, torch.float32) * std + mean
-        return vae.decode(latents[None]).sample[0].clamp(-1, 1).cpu()
+
+        def decode(tile):
+            return vae.decode(tile[None]).sample[0].clamp(-1, 1).cpu()
+
+        while True:
+            try:
+                return decode_in_tiles(decode, latents, self.tile, PIXELS[self.config.vae])
+            except torch.OutOfMemoryError:
+                if self.tile == TILES[-1]:
+                    raise
+            self.tile = TILES[TILES.index(self.tile) + 1]
+            print("decoding takes more memory than the GPU has: videos are decoded in tiles of "
+                  f"{self.tile} x {self.tile} latents, which overlap", flush=True)
+            vae.clear_cache()                                         # frames that the failed decode has kept
+            torch.cuda.empty_cache()
 
     @exact
     def encode_image(self, image):

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 
 import wan_encoders
 from samples import fingerprint, read_empty_caption, read_sample, write_sample
-from wan_encoders import LATENTS, open_encoders
+from wan_encoders import LATENTS, decode_in_tiles, open_encoders
 from conftest import write_video
 from make_videos import read_all
 from encode import main, parse_args
@@ -398,6 +398,67 @@ def test_vae_and_clip_run_without_tf32_whatever_the_user_has_set(folders, with_t
     refusal(encoders.encode_video, clip_of(8))
     assert len(seen) == 3 and set(seen) == {("ieee", "ieee")}
     assert (convolutions.fp32_precision, products.fp32_precision) == ("tf32", "tf32")  # as it was, after errors too
+
+
+def near_sighted(latents):
+    """A decoder of 2 x 2 pixels a latent that sees 3 latents around each, and zeros outside, as a VAE pads."""
+    kernel = torch.randn(3, latents.shape[0], 7, 7, generator=torch.Generator().manual_seed(0))
+    frames = F.conv2d(latents.transpose(0, 1), kernel, padding=3)              # (f, 3, h, w)
+    return frames.repeat_interleave(2, 2).repeat_interleave(2, 3).transpose(0, 1)
+
+
+@pytest.mark.parametrize("height, width, tile, tiles", [(40, 70, 32, 8), (20, 33, 32, 2), (65, 90, 48, 6),
+                                                        (17, 17, 32, 1), (64, 64, 64, 1)])
+def test_tiles_give_what_a_decoder_makes_of_the_whole_that_sees_no_further_than_is_cut_off(height, width, tile, tiles):
+    latents, shapes = torch.randn(4, 2, height, width), []
+
+    def decode(part):
+        shapes.append(part.shape)
+        return near_sighted(part)
+    video, whole = decode_in_tiles(decode, latents, tile, 2), near_sighted(latents)
+    assert len(shapes) == tiles and all(max(shape[2:]) <= tile for shape in shapes)
+    assert torch.equal(video, whole) if tiles == 1 else close(video, whole, 1e-6)
+
+
+@pytest.mark.parametrize("channels, pixels", [(16, 8), (48, 16)])
+def test_the_seams_of_tiles_are_not_to_be_seen(folders, channels, pixels):
+    vae, _, _ = open_encoders(folders["diffusers"][channels], PRESETS["ti2v" if channels == 48 else "t2v"]).part("vae")
+    latents = torch.randn(channels, 1, 6, 40, generator=torch.Generator().manual_seed(0))
+
+    @torch.no_grad()
+    def decode(part):
+        return vae.decode(part[None]).sample[0]
+    whole = decode(latents)
+    video = decode_in_tiles(decode, latents, 28, pixels)   # latents 0 to 27 and 12 to 39: they share 12 to 27
+    side_by_side = torch.cat([decode(latents[..., :20]), decode(latents[..., 20:])], dim=3)
+    assert 0 < (video - whole).norm() < 0.08 * whole.norm()                    # attention sees all of a tile
+    steps, steps_side_by_side = ((result - whole).diff(dim=3).abs().mean((0, 1, 2)) for result in (video, side_by_side))
+    assert steps.max() < 0.15 * steps_side_by_side.max()   # of the error from column to column
+
+
+def test_a_video_too_large_for_the_gpu_is_decoded_in_tiles_and_a_small_one_as_before(folders, monkeypatch, capsys):
+    encoders = open_encoders(folders["diffusers"][16], PRESETS["t2v"])
+    vae, _, _ = encoders.part("vae")
+    large, small = torch.randn(16, 1, 4, 80), torch.randn(16, 1, 4, 30)
+    expected = [encoders.decode_video(latents) for latents in (large, small)]
+    decode, sizes = vae.decode, []
+
+    def decode_little(latents):
+        sizes.append(latents.shape[-1])
+        if latents.shape[-1] > limit:
+            raise torch.OutOfMemoryError("of a GPU that is small")
+        return decode(latents)
+    monkeypatch.setattr(vae, "decode", decode_little)
+    limit = 50
+    assert close(encoders.decode_video(large), expected[0], 0.1)
+    assert sizes == [80, 64, 48, 48]                       # the whole, the first of 64, two of 48
+    said = capsys.readouterr().out
+    assert said.count("decoded in tiles of") == 2 and "tiles of 48 x 48 latents" in said
+    assert torch.equal(encoders.decode_video(small), expected[1])
+    assert close(encoders.decode_video(large), expected[0], 0.1) and sizes[4:] == [30, 48, 48]
+    limit = 20
+    with pytest.raises(torch.OutOfMemoryError):
+        encoders.decode_video(large)
 
 
 def test_a_video_of_other_size_or_range_is_refused(folders):
