@@ -313,28 +313,32 @@ class Finder(ast.NodeVisitor):
                 self.visit(keyword.value)
 
 
-def mutants_of(file):
-    """Every mutant of a file, in the order of its lines, each change once."""
+def places_of(file):
+    """Every (file, begin, end, new text) at which a file can be changed, in bytes."""
     source = (ROOT / file).read_text()
     finder = Finder(source, ONLY.get(file, ()))
     finder.visit(ast.parse(source))
-    seen = set()
-    for begin, end, new in sorted(finder.found):
-        data = finder.data
+    return [(file, *place) for place in sorted(finder.found)]
+
+
+def drawn(count, seed, files):
+    """{key: mutant} of `count` mutants, from each file in proportion to how many places it has."""
+    places = [place for file in files for place in places_of(file)]
+    random.Random(seed).shuffle(places)
+    mutants = {}
+    for file, begin, end, new in places:
+        if len(mutants) == count:
+            break
+        source = (ROOT / file).read_text()
+        data = source.encode()
         mutant = make_mutant(file, source, len(data[:begin].decode()), len(data[:end].decode()), new)
         try:
             is_change = ast.dump(ast.parse(mutant.source)) != ast.dump(ast.parse(source))
         except SyntaxError:
             continue
-        if is_change and mutant.source not in seen:
-            seen.add(mutant.source)
-            yield mutant
-
-
-def drawn(count, seed, files):
-    """`count` mutants, from each file in proportion to how many it has."""
-    everything = [mutant for file in files for mutant in mutants_of(file)]
-    return random.Random(seed).sample(everything, min(count, len(everything)))
+        if is_change:
+            mutants[mutant.key] = mutant
+    return mutants
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -447,8 +451,8 @@ def main(argv):
     parser.add_argument("--report", action="store_true", help="only print what is known of these mutants")
     parser.add_argument("--list", action="store_true", help="only print the mutants")
     args = parser.parse_args(argv)
-    by_hand = [mutant for mutant in mutants_by_hand() if mutant.file in args.files]
-    mutants = {mutant.key: mutant for mutant in [*by_hand, *drawn(args.random, args.seed, args.files)]}
+    by_hand = {mutant.key: mutant for mutant in mutants_by_hand() if mutant.file in args.files}
+    mutants = by_hand | drawn(args.random, args.seed, args.files)
     if args.list:
         for mutant in mutants.values():
             print(f"{mutant.file}:{mutant.line}\n    - {mutant.before}\n    + {mutant.after}")
