@@ -345,9 +345,9 @@ def codecs_of(shapes, file, weights):
     return open_codecs(config, weights)
 
 
-def decode_samples(codecs, files, out, fps, sheet="sheet.png", progress=True):
+def decode_samples(codecs, files, out, fps, sheet, progress=True):
     """
-    Write the video of each sample file to out/STEM.mp4, and a contact sheet of the first 16 of one size.
+    Write the video of each sample file to out/STEM.mp4, and a contact sheet of the first 16 of one size to file sheet.
 
     fps: frames a second where a sample does not say. Returns the number of videos in the sheet.
     """
@@ -365,7 +365,7 @@ def decode_samples(codecs, files, out, fps, sheet="sheet.png", progress=True):
             shown.append(small)
     if shown:
         upscale = max(1, 128 // min(shown[0].shape[2:]))
-        write_whole(Path(out) / sheet, contact_sheet(shown, upscale=upscale))
+        write_whole(sheet, contact_sheet(shown, upscale=upscale))
     return len(shown)
 
 
@@ -374,7 +374,7 @@ def decode_folder(args):
     files = sample_files(args.decode)
     first = read_summaries(files)[files[0]]                           # all have the same number of channels
     codecs = codecs_of(first.shapes, files[0], args.weights)
-    shown = decode_samples(codecs, files, args.out, args.fps)
+    shown = decode_samples(codecs, files, args.out, args.fps, Path(args.out) / "sheet.png")
     print(f"{args.out}: {len(files)} videos, and sheet.png with {shown} of them, first file on top")
 
 

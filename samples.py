@@ -84,7 +84,7 @@ def write_whole(path, content):
     """Write bytes so that `path` is absent, as before, or complete: a temporary file next to it, then one rename."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")   # unique: two processes may write the same file
+    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")   # unique: two processes may write the same file
     try:
         with open(temporary, "wb") as file:
             file.write(content)

@@ -76,6 +76,46 @@ def read_prompts(arguments):
     return prompts
 
 
+def name_samples(prompts, per_prompt, name_by):
+    """
+    The samples to make of prompts, as (stem of its file, number of its prompt, its number among those of the prompt):
+
+        number      00000, 00001, ...; with several of a prompt 00000-0, 00000-1, ...
+        prompt      PROMPT-0, PROMPT-1, ..., the names of VBench
+        prompt180   the same with the first 180 characters of the prompt, the names of VBench-2.0
+
+    Named by its prompt, a prompt that is given again is made once. ValueError for one that cannot be a file's name, and
+    for two of one name.
+    """
+    numbers = {}    # name of a prompt: its number
+    for number, prompt in enumerate(prompts):
+        if name_by == "number":
+            name = f"{number:05d}"
+        else:
+            name = prompt[:180] if name_by == "prompt180" else prompt
+            check_file_name(f"{name}-{per_prompt - 1}.safetensors", name_by)
+        earlier = numbers.setdefault(name, number)
+        if prompts[earlier] != prompt:
+            raise ValueError(f"--name_by {name_by}: two prompts begin with {name!r}; take --name_by prompt or number")
+    if name_by == "number" and per_prompt == 1:
+        return [(name, number, 0) for name, number in numbers.items()]
+    return [(f"{name}-{i}", number, i) for name, number in numbers.items() for i in range(per_prompt)]
+
+
+def check_file_name(file, name_by):
+    """ValueError unless a file of samples, named by its prompt, can have this name."""
+    problem = ""
+    if re.search(r"[/\x00-\x1f\x7f]", file):
+        problem = "no file's name has a slash, a line feed or another control character"
+    elif file.startswith((".", "-")):
+        problem = "a prompt that is empty or begins with a dot or a minus is no name"
+    elif len(file.encode()) > 255:
+        problem = f"it takes {len(file.encode())} bytes, and a file's name has at most 255"
+    if problem:
+        raise ValueError(f"--name_by {name_by}: the file would be {file!r:.300}: {problem}; change the prompt, or take "
+                         "--name_by number")
+
+
 def image_files(args, config, count):
     """
     The pictures that --image and --last_image give, as (first, last) for each of `count` prompts, "" where the model of

@@ -17,6 +17,7 @@ from data import open_data
 from samples import read_sample, write_sample
 from model import CONFIGS, WanModel
 from sample import Sampler
+from tables import name_samples
 from weights import save_wan
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -548,6 +549,9 @@ def test_existing_samples_are_not_overwritten(base, tmp_path):
     (["--pairs", "nowhere"], "nowhere/real: no such folder"),
     (["--pairs", "x", "--name", "losers"], "--name losers.*starts with 'negatives'"),
     (["--prompts", "nowhere.txt"], "nowhere.txt: no such file"),
+    (["--prompts", "a", "--per_prompt", "0"], "--per_prompt 0: expected a number above 0"),
+    (["--pairs", "x", "--per_prompt", "2"], "with --pairs there is --per_sample"),
+    (["--pairs", "x", "--name_by", "prompt"], "--name_by are for --prompts"),
 ])
 def test_bad_flags_are_refused_with_what_to_do(base, flags, words):
     with pytest.raises(ValueError, match=words):
@@ -557,3 +561,63 @@ def test_bad_flags_are_refused_with_what_to_do(base, flags, words):
 def test_a_missing_or_broken_model_is_named():
     with pytest.raises(ValueError, match="nowhere"):
         run("--init", "nowhere", "--prompts", "a")
+
+# ----------------------------------------------------------------------------------------------------------------------
+# several samples of a prompt, and their names
+
+def names_of(*prompts, per_prompt=1, name_by="prompt"):
+    return name_samples(list(prompts), per_prompt, name_by)
+
+
+def test_samples_are_named_by_number_or_by_their_prompt():
+    assert names_of("a", "b", "a", name_by="number") == [("00000", 0, 0), ("00001", 1, 0), ("00002", 2, 0)]
+    assert names_of("a", "b", per_prompt=2, name_by="number") == [
+        ("00000-0", 0, 0), ("00000-1", 0, 1), ("00001-0", 1, 0), ("00001-1", 1, 1)]
+    assert names_of("a cat", "ein Hündchen.", per_prompt=2) == [
+        ("a cat-0", 0, 0), ("a cat-1", 0, 1), ("ein Hündchen.-0", 1, 0), ("ein Hündchen.-1", 1, 1)]
+    assert names_of("a", "a-1", "a-1", "a", per_prompt=2) == [                 # a prompt given again is made once
+        ("a-0", 0, 0), ("a-1", 0, 1), ("a-1-0", 1, 0), ("a-1-1", 1, 1)]
+    long = "x" * 179 + "yz"
+    assert names_of(long, "b", name_by="prompt180") == [("x" * 179 + "y-0", 0, 0), ("b-0", 1, 0)]
+    assert names_of("x" * 241) and names_of("é" * 120)     # 255 and 254 bytes with -0.safetensors
+
+
+@pytest.mark.parametrize("prompts, options, words", [
+    (["a and/or b"], {}, "'a and/or b-0.safetensors': no file's name has a slash"),
+    (["a\nb"], {}, "a line feed"),
+    (["a\0b"], {}, "control character"),
+    (["../a"], {}, "a slash"),
+    ([".. a"], {}, "begins with a dot"),
+    (["-rf"], {}, "begins with a dot or a minus"),
+    (["a", ""], {}, "is empty or"),
+    (["x" * 242], {}, "takes 256 bytes, and a file's name has at most 255; .*--name_by number"),
+    (["x" * 241], {"per_prompt": 11}, "takes 256 bytes"),
+    (["猫" * 180], {"name_by": "prompt180"}, "takes 554 bytes"),
+    (["x" * 180 + "a", "x" * 180 + "b"], {"name_by": "prompt180"}, "two prompts begin with 'xxx"),
+])
+def test_prompts_that_cannot_name_files_are_refused(prompts, options, words):
+    with pytest.raises(ValueError, match=words):
+        names_of(*prompts, **options)
+
+
+def test_every_prompt_has_as_many_samples_as_asked_for_under_the_names_of_vbench(base, tmp_path):
+    pytest.importorskip("av", reason="mp4 files need PyAV (requirements-video.txt)")
+    longest = ("small red circle moving fast left and " + "very " * 50)[:210]  # VBench's longest has 210 bytes
+    prompts = ["large blue square", longest]
+    out = tmp_path / "named"
+    flags = ("--init", base[0], "--steps", 1, "--batch_size", 1, "--prompts", *prompts)
+    run(*flags, "--out", out, "--per_prompt", 3, "--name_by", "prompt")
+    names = {f"{prompt}-{i}" for prompt in prompts for i in range(3)}
+    assert {path.stem for path in out.glob("*.safetensors")} == names
+    assert {path.name for path in (out / "videos").iterdir()} == {f"{name}.mp4" for name in names}
+    assert {path.name for path in out.iterdir() if path.suffix != ".safetensors"} == {"videos", "contact_sheet.png"}
+    made = {name: read_sample(out / f"{name}.safetensors") for name in names}
+    assert all(sample["metadata"]["prompt"] == name[:-2] for name, sample in made.items())
+    assert len({sample["latents"].sum().item() for sample in made.values()}) == 6
+
+    run(*flags, "--out", tmp_path / "one")                 # the first of each, under numbers
+    for number, prompt in enumerate(prompts):
+        alone = read_sample(tmp_path / "one" / f"{number:05d}.safetensors")
+        assert torch.equal(alone["latents"], made[f"{prompt}-0"]["latents"])
+    with pytest.raises(ValueError, match="holds samples already"):
+        run(*flags, "--out", out, "--name_by", "prompt")
