@@ -130,6 +130,8 @@ def separable(rows):
     recent = rows[-15:]                                    # few: later a good model is right too
     places = {"": [row for row in recent if "win_gap" in row]}
     bins = len(rows[-1].get("by_sigma", {}).get("lose_gap", ()))
+    if "loss_sft" in rows[-1] or "safeguard" in rows[-1]:  # the winner is held: grain at low noise does no harm
+        bins = 0
     for i in range(bins):                                  # grain shows at low noise only, where a step has few pairs
         rows_of_bin = [{name: values[i] for name, values in row["by_sigma"].items()} for row in recent]
         where = f" at sigma {i / bins:g} to {(i + 1) / bins:g}"
