@@ -19,6 +19,7 @@ import model as model_module
 from conftest import on_ranks
 from dry_run import Live, kept_for_backward
 from fsdp_utils import ContextParallel, shard_model, start_ranks
+from lora import TARGETS, Reference, add_adapters, find_layers, lora_layers
 from make_golden import make_case
 from memory import MemoryFlags, check_memory_flags, save_memory
 from model import CONFIGS, Block, WanModel, rope_table
@@ -66,7 +67,7 @@ def flatten(tensors):
 # ----------------------------------------------------------------------------------------------------------------------
 # bytes and FLOPs
 
-def one_video(config, flags, with_backward=False):
+def one_video(config, flags, with_backward=False, targets="", rank=0):
     """
     Of a video of 81 frames at 832 x 480 in bf16, on fake tensors without arithmetic: bytes kept for backward per token
     and channel, and the FLOPs of forward and backward (0 without).
@@ -75,6 +76,8 @@ def one_video(config, flags, with_backward=False):
         torch.set_default_dtype(torch.bfloat16)
         model = WanModel(config)
         torch.set_default_dtype(torch.float32)
+        if targets:
+            add_adapters(model, find_layers(model, targets), rank)
         save_memory(model, flags, trained=True)
 
         def forward():
@@ -99,6 +102,21 @@ def test_blocks_keep_this_many_bytes_per_token_layer_and_channel(preset, mode, e
     outside = two - 2 * layer                              # text, patches and head
     assert layer == pytest.approx(expected, abs=0.1) and outside < 13
     assert memory.kept_bytes(config, flags, 2) == pytest.approx(layer, abs=0.4)                    # what the plan says
+
+
+@pytest.mark.parametrize("mode, targets, rank, expected", [
+    ("off", TARGETS, 32, 65.9),                            # 81.6 where all weights are trained
+    ("off", "q,v", 32, 51.9), ("off", "cross_attn.o,ffn.2", 8, 59.5), ("selective", TARGETS, 32, 22.5),
+    ("chunked", TARGETS, 32, 6.2)])
+def test_blocks_with_adapters_keep_this_many_bytes_per_token_layer_and_channel(mode, targets, rank, expected):
+    config, flags = CONFIGS["wan2.1-t2v-1.3b"], MemoryFlags(mode)
+    two, four = (one_video(dataclasses.replace(config, num_layers=layers), flags, targets=targets, rank=rank)[0]
+                 for layers in (2, 4))
+    with torch.device("meta"):
+        adapted = find_layers(WanModel(dataclasses.replace(config, num_layers=1)), targets)
+    adapted = [name.removeprefix("blocks.0.") for name in adapted]
+    assert (four - two) / 2 == pytest.approx(expected, abs=0.1)
+    assert memory.kept_bytes(config, flags, 2, adapted, rank) == pytest.approx((four - two) / 2, abs=0.4)
 
 
 @pytest.mark.parametrize("flags, most", [
@@ -315,6 +333,43 @@ def test_policy_and_reference_compiled_by_inductor_are_equal_in_every_mode(flags
     check_compiled("i2v-clip", flags, torch.float32, "inductor", most=1e-5)
     # with an image branch in bf16 inductor rounds otherwise where no gradient is wanted: 8e-5 of the velocity, not 0
     check_compiled("i2v-clip", flags, torch.bfloat16, "inductor", most=0.05, apart=2e-4)
+
+
+def policy_and_reference(flags, backend):
+    """
+    Velocities of a policy with adapters before and after they change and of its reference after it, and gradients, with
+    a reference in between forward and backward.
+    """
+    model, inputs, grad = make_case("t2v")
+    torch.manual_seed(0)
+    add_adapters(model, find_layers(model, TARGETS), rank=4)
+    compiler = torch.compile
+    with patch("torch.compile", lambda f, **options: compiler(f, backend=backend, fullgraph=True, **options)):
+        torch.compiler.reset()
+        save_memory(model, flags, trained=True)
+        first = model(**inputs).detach()
+        first_of_reference = Reference(model)(**inputs)
+        for layer in lora_layers(model).values():
+            torch.nn.init.normal_(layer.lora_B.weight, std=0.1)
+        velocity = model(**inputs)
+        reference = Reference(model)(**inputs)
+        (velocity * grad).sum().backward()
+    torch.compiler.reset()
+    assert torch.equal(first, first_of_reference) and torch.equal(reference, first)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.requires_grad}
+    return {"velocity": velocity.detach()} | gradients
+
+
+@pytest.mark.parametrize("flags, backend", [
+    (COMPILED[1], "aot_eager"),
+    *[pytest.param(flags, "aot_eager", marks=slow) for flags in (COMPILED[0], *COMPILED[2:])],
+    *[pytest.param(flags, "inductor", marks=slow) for flags in COMPILED]])
+def test_compiled_adapters_are_switched_without_a_graph_break_and_learn_what_plain_ones_do(flags, backend):
+    compiled = policy_and_reference(flags, backend)
+    plain = policy_and_reference(dataclasses.replace(flags, compile=False), backend)
+    assert compiled.keys() == plain.keys() and len(plain) == 1 + 2 * 10 * 2
+    for name in plain:
+        assert (compiled[name] - plain[name]).norm() <= 1e-5 * plain[name].norm(), name
 
 
 def test_compiled_selective_checkpointing_recomputes_the_first_product_of_the_ffn_only():
