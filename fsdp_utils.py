@@ -364,7 +364,8 @@ def build_model(path, config, ranks, memory=MemoryFlags(), trained=False, offloa
             model.head.requires_grad_(True)
     if lora:
         add_adapters(model, lora.layers, lora.rank, lora.alpha, keep_initial=bool(lora.initial))
-        tensors = tensors | adapter_weights(model, lora, seed)
+        if tensors is not None:
+            tensors = tensors | adapter_weights(model, lora, seed)
         store_frozen(model, matrix_dtype(ranks.device.type))
     if ranks.cp_size > 1:
         ContextParallel(model, ranks.cp_group)

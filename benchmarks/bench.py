@@ -3,8 +3,10 @@ What a training step needs before it is run, and what it took: memory, FLOPs and
 
     python benchmarks/bench.py --plan --ranks 8                # 14B: the first flags with which 81 frames fit
     python benchmarks/bench.py --plan --ranks 8 --size 720 1280 --backward pair --checkpointing full       # these flags
+    python benchmarks/bench.py --plan --lora_rank 32 --gpu_memory 24     # adapters of 14B: the fastest flags that fit
     python benchmarks/bench.py --model tiny --checkpointing off + --checkpointing full      # measured, run by run
     python benchmarks/ladder.py                                # the longest video that fits, technique by technique
+    python benchmarks/cards.py                                 # adapters on one card of 12 to 80 GB
 
 A plan needs no GPU: the real step (train.py, fsdp_utils.py, memory.py, model.py) runs on fake tensors in a fake process
 group, while every live storage is counted. Measuring starts train.py once for each "+"-separated set of flags, on
@@ -22,6 +24,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -30,6 +33,8 @@ from torch import nn
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 from dry_run import conditions, extrapolate, step_args, token_count
+from lora import find_layers
+from memory import check_memory_flags, kept_bytes
 from model import CONFIGS, WanModel
 from samples import write_sample
 from weights import save_wan
@@ -66,14 +71,47 @@ def forward_flops(config, tokens):
     return config.num_layers * block + ends + time_path + 2 * image * config.image_dim * (config.image_dim + dim)
 
 
+def adapter_flops(args, config, tokens):
+    """Return the FLOPs of the products of all adapters in one forward of one video."""
+    with torch.device("meta"):
+        model = WanModel(replace(config, num_layers=1))
+    rows = {"k": config.text_len, "v": config.text_len}
+    rows |= {"k_img": config.image_pos_len or 257, "v_img": config.image_pos_len or 257}
+    flops = 0
+    for name in find_layers(model, args.lora_targets):
+        layer, attention = model.get_submodule(name), name.split(".")[-2]
+        of_context = attention == "cross_attn" and name.split(".")[-1] in rows
+        count = rows[name.split(".")[-1]] if of_context else tokens
+        flops += 2 * count * args.lora_rank * (layer.in_features + layer.out_features)
+    return config.num_layers * flops
+
+
+def backward_flops(args, config, tokens):
+    """
+    Return the FLOPs of backward of one video without any recomputation. Each product has two gradients. With adapters
+    those of frozen weights are left out, and those of what comes before the blocks: context, patches, time.
+    """
+    if not args.lora_rank:
+        return 2 * forward_flops(config, tokens)
+    dim, text = config.dim, config.text_len
+    image = (config.image_pos_len or 257) if config.image_dim else 0
+    block = 2 * tokens * (6 * dim * dim + 2 * dim * config.ffn_dim)            # of the inputs of frozen layers
+    block += 2 * 4 * tokens * (tokens + text + image) * dim
+    head = 2 * tokens * dim * math.prod(config.patch_size) * config.out_dim
+    return config.num_layers * block + head + 2 * adapter_flops(args, config, tokens)
+
+
 def step_flops(args, config, tokens, with_scoring=False):
     """
-    Return the FLOPs of the gradient of one pair (sft: one video) without any recomputation: forward 1, backward 2, and
-    1 for a reference that is run. with_scoring: also if it was run before training.
+    Return the FLOPs of the gradient of one pair (sft: one video) without any recomputation: forward, backward, and
+    another forward for a reference that is run. with_scoring: also if it was run before training.
     """
     runs_reference = args.loss not in ("sft", "preference") and (with_scoring or args.ref != "cached")
-    videos = 1 if args.loss == "sft" else 2
-    return videos * (4 if runs_reference else 3) * forward_flops(config, tokens)
+    adapters = adapter_flops(args, config, tokens) if args.lora_rank else 0
+    flops = forward_flops(config, tokens) + adapters + backward_flops(args, config, tokens)
+    if runs_reference:
+        flops += forward_flops(config, tokens) + (adapters if args.init_lora else 0)
+    return (1 if args.loss == "sft" else 2) * flops
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -83,7 +121,7 @@ def step_flops(args, config, tokens, with_scoring=False):
 # PCIe link (half of what 16 lanes of generation 5 can) and over its NVLinks, and bytes of CPU memory of one of 8 ranks.
 FLOPS, HOST, LINKS, CPU_MEMORY = 400e12, 25e9, 200e9, 25e9
 MEMORY_FLAGS = ("--backward", "--checkpointing", "--chunk_tokens", "--cp_size", "--offload_activations",
-                "--offload_params", "--ref", "--replicate", "--lora_rank")
+                "--offload_params", "--ref", "--replicate")
 
 
 def estimate(plan, flags, config, tokens, world):
@@ -124,6 +162,67 @@ def rungs(ranks, config):
         if config.num_heads % cp_size == 0 and ranks % (cp_size * ranks_per_video) == 0:
             ladder.append((f"each video over {cp_size} ranks", (*without_cp, "--cp_size", str(cp_size))))
     return [*ladder, ("weights and AdamW on the CPU", (*ladder[-1][1], "--offload_params"))]
+
+
+# What a mode of checkpointing recomputes of each video, in forwards; memory.save_memory has the figures. Full
+# checkpointing is there twice: with blocks whole, and in chunks.
+RECOMPUTED = {("off",): 0, ("selective",): 0.1, ("chunked",): 0.4, ("full", "--chunk_tokens", "0"): 0.9, ("full",): 1.1}
+
+
+def lora_choices(ranks):
+    """
+    Return the flags that are tried for adapters, as tuples of words, fastest first: transfers are taken to hide behind
+    the arithmetic. Scoring the reference beforehand is none of them: it is the same model, and its forward takes less
+    memory than the policy's backward.
+    """
+    splits = {"joint": 0, "pair": 0} if ranks % 2 == 0 else {"joint": 0, "sequential": 0.5}      # forwards of a video
+    offloads = [(), ("--offload_params",), ("--offload_activations",), ("--offload_params", "--offload_activations")]
+    choices = []
+    for mode, recomputed in RECOMPUTED.items():
+        for split, again in splits.items():
+            for number, offload in enumerate(offloads):
+                if "--offload_activations" in offload and mode[0] in ("off", "selective"):
+                    continue                               # off would move hundreds of GB, selective cannot
+                flags = ("--checkpointing", *mode, "--backward", split, *offload)
+                choices.append((recomputed + again, number, len(choices), flags))
+    return [choice[-1] for choice in sorted(choices)]
+
+
+def least_bytes(flags, config, tokens, world):
+    """
+    Return (bytes of a card, bytes of CPU memory) that no step with adapters and these flags can do without, from
+    formulas alone: the frozen matrices and what blocks keep for backward.
+    """
+    args = step_args(flags, world)
+    with torch.device("meta"):
+        model = WanModel(config)
+    weights = 2 * sum(p.numel() for p in model.blocks.parameters()) / world
+    adapted = [name.removeprefix("blocks.0.") for name in find_layers(model, args.lora_targets)]
+    memory_flags = check_memory_flags(args)
+    kept = kept_bytes(config, memory_flags, 2, set(adapted), args.lora_rank) * config.dim * config.num_layers
+    kept *= tokens / args.cp_size * (2 if args.backward == "joint" and args.loss != "sft" else 1)
+    kept *= 0.9                                            # the formula is an estimate
+    card = (0 if args.offload_params else weights) + (0 if args.offload_activations else kept)
+    return card, weights + kept - card
+
+
+def first_that_fits(choices, config, shape, world, budget, host_budget):
+    """
+    Return the first flags of choices whose step fits into `budget` bytes of a card and host_budget of CPU memory; if
+    none does, those that come closest.
+    """
+    closest, least_load = choices[-1], math.inf
+    for flags in choices:
+        card, host = least_bytes(flags, config, token_count(config, shape), world)
+        if max(card / budget, host / host_budget) > 1:
+            continue                                       # and no need to simulate it
+        plan = extrapolate(flags, config, shape, world)
+        load = max(plan.peak / budget, plan.host / host_budget)
+        if load <= 1:
+            return flags
+        if load < least_load:
+            closest, least_load = flags, load
+    return closest
 
 
 def longest(load, guess):
@@ -189,7 +288,11 @@ def make_plan(args, flags):
         return max(plan.peak / args.budget, plan.host / args.host_budget)
     print(f"{args.model}, {args.describe(args.shape)}; {args.ranks} x {args.gpu_memory:g} GB, {args.margin:g} of it "
           f"left free; {args.host_memory:g} GB of CPU memory for each")
-    if not {word.split("=")[0] for word in flags} & set(MEMORY_FLAGS):
+    is_open = not {word.split("=")[0] for word in flags} & set(MEMORY_FLAGS)
+    if is_open and step_args(flags, args.ranks).lora_rank:
+        choices = [(*flags, *more) for more in lora_choices(args.ranks)]
+        flags = first_that_fits(choices, args.config, args.shape, args.ranks, args.budget, args.host_budget)
+    elif is_open:
         choices = [(*flags, *more) for _, more in rungs(args.ranks, args.config)]
 
         def fits(i):
@@ -418,7 +521,8 @@ def with_clip(args):
         return tokens
     args.at, args.describe = at, describe
     args.tokens = token_count(config, args.shape)
-    args.budget, args.host_budget = 1e9 * (args.gpu_memory - args.margin), 1e9 * args.host_memory
+    args.budget = 1e9 * (args.gpu_memory - args.margin)
+    args.host_budget = max(1.0, 1e9 * args.host_memory)    # one byte where there is none: loads are divided by it
     return args
 
 

@@ -238,14 +238,20 @@ def one_step(args, config, shape, ranks, live):
     trained_config = replace(config, scores=objective.trains_scores)
     on_host = args.offload_params
 
-    policy = train.build_model(args.init, trained_config, ranks, flags, trained=True, offload=on_host)
+    adapters = train.lora.plan_lora(args, config)
+    policy = train.build_model(args.init, trained_config, ranks, flags, trained=True, offload=on_host, lora=adapters)
     ref, ref_parameters = torch.ones(2, pairs), []
-    if objective.needs_ref and args.ref != "cached":
+    if objective.needs_ref and args.ref == "adapter":
+        ref = train.lora.Reference(policy)
+    elif objective.needs_ref and args.ref != "cached":
         ref = train.build_model(args.init, config, ranks, flags, offload=args.ref == "offload")
         ref.eval().requires_grad_(False)
         ref_parameters = list(ref.parameters())
     ema, ema_parameters = None, []
-    if args.ema_decay:
+    if args.ema_decay and adapters:
+        ema = train.lora.Average(policy)
+        ema_parameters = list(ema.parameters())
+    elif args.ema_decay:
         ema = train.build_model(args.init, trained_config, ranks, flags, offload=on_host)
         ema.eval().requires_grad_(False)
         ema_parameters = list(ema.parameters())
@@ -262,7 +268,7 @@ def one_step(args, config, shape, ranks, live):
     optimizer_state = [tensor for moments in optimizer.state.values() for tensor in moments.values()]
 
     resident = [(PINNED if on_host else "weights", parameters), (HOST if on_host else "optimizer", optimizer_state),
-                (PINNED if on_host else "ema", ema_parameters),
+                ((HOST if adapters else PINNED) if on_host else "ema", ema_parameters),
                 (PINNED if args.ref == "offload" else "reference", ref_parameters)]
     for tag, tensors in resident:
         for tensor in tensors:

@@ -50,7 +50,7 @@ COLUMNS = ("with", "tokens", "times", "frames at 480 x 832", "CPU GB", "PCIe GB"
 PEER = "diffusers' blocks"
 
 
-def build_peer(path, config, ranks, memory=None, trained=False, offload=False):
+def build_peer(path, config, ranks, memory=None, trained=False, offload=False, lora=None):
     """
     Return, in place of train.build_model, diffusers' model as its users shard it, gathered in bf16: the policy
     checkpointed block by block, the reference in bf16.

@@ -8,11 +8,14 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import bench
 from conftest import ROOT
 from dry_run import Live, conditions, token_count
-from model import WanConfig, WanModel
+from lora import TARGETS, add_adapters, find_layers
+from model import CONFIGS, WanConfig, WanModel
 
 SMALL = WanConfig(dim=128, ffn_dim=512, num_heads=2, num_layers=3, in_dim=16, out_dim=16, text_dim=64, text_len=32)
 SHAPE = (16, 4, 16, 16)                                    # 256 tokens
@@ -36,6 +39,39 @@ def test_the_formula_for_flops_counts_what_a_forward_and_a_backward_run(variant)
     again = config.num_layers * 4 * tokens * (tokens + text + image) * dim // 2
     counted = live.counts["flops"] + live.counts["square"]
     assert counted == 3 * bench.forward_flops(config, tokens) - first_layers + again
+
+
+@pytest.mark.parametrize("variant, targets", [
+    ({}, TARGETS), ({"in_dim": 36, "image_dim": 48}, TARGETS + ",k_img,v_img")])
+def test_the_formula_for_flops_with_adapters_is_what_torch_counts(variant, targets):
+    config, rank = dataclasses.replace(SMALL, **variant), 4
+    model, tokens = WanModel(config), token_count(config, SHAPE)
+    add_adapters(model, find_layers(model, targets), rank)
+    args = bench.step_args(("--lora_rank", str(rank), "--lora_targets", targets), 1)
+    inputs = {name: torch.randn(1, *shape) for name, shape in conditions(config, SHAPE).items()}
+    context = torch.randn(1, config.text_len, config.text_dim)
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:      # it knows no other on CPUs
+        velocity = model(torch.randn(1, *SHAPE), torch.rand(1), context, **inputs)
+        forward = counter.get_total_flops()
+        velocity.sum().backward()
+    assert forward == bench.forward_flops(config, tokens) + bench.adapter_flops(args, config, tokens)
+    # Nobody asks for the gradients of the first stream, through q, k and v and their adapters, and of the context,
+    # through the adapters of k and v.
+    dim, image = config.dim, 257 if config.image_dim else 0
+    first_layers = 3 * 2 * tokens * (dim * dim + dim * rank)
+    of_context = config.num_layers * 2 * 2 * (config.text_len + image) * dim * rank
+    backward = counter.get_total_flops() - forward
+    assert backward == bench.backward_flops(args, config, tokens) - first_layers - of_context
+
+    # a pair: forward and backward of both videos, and the reference's forward, which has no adapters where these were
+    # fresh, and does not run in the step where its errors were scored
+    a_pair = 2 * (forward + bench.backward_flops(args, config, tokens))
+    assert bench.step_flops(args, config, tokens) == a_pair + 2 * bench.forward_flops(config, tokens)
+    args.init_lora = "lora.safetensors"
+    assert bench.step_flops(args, config, tokens) == a_pair + 2 * forward
+    args.ref = "cached"
+    assert bench.step_flops(args, config, tokens) == a_pair
+    assert bench.step_flops(args, config, tokens, with_scoring=True) == a_pair + 2 * forward
 
 
 @pytest.mark.parametrize("guess", [1, 2, 40, 5000])
@@ -95,6 +131,64 @@ def test_a_plan_names_the_first_flags_that_fit_and_the_longest_video_with_them(m
     bench.main("--plan --ranks 8 --gpu_memory 0.2 --margin 0".split())         # nothing fits: the last rung
     flags, fits = flags_printed(capsys)
     assert flags.endswith("--offload_activations --cp_size 4 --offload_params") and fits == "does not fit"
+
+
+def test_the_first_flags_that_fit_are_taken_for_adapters(monkeypatch, capsys):
+    gigabytes = {"off": 400, "selective": 100, "chunked": 40, "full": 10}      # kept for each branch
+
+    def pretended(flags, config, shape, ranks):            # and 10 on the card, and the base's 30 there or on the CPU
+        mode = flags[flags.index("--checkpointing") + 1]
+        kept = gigabytes[mode] * (1 if "sequential" in flags else 2) * shape[1]
+        kept_on_host, base_on_host = "--offload_activations" in flags, "--offload_params" in flags
+        host = kept_on_host * kept + base_on_host * 30
+        return SimpleNamespace(peak=1e9 * (40 + kept - host), parts={"weights": 1e9}, host=1e9 * host, flops=1,
+                               learning=1, moved=0, gathered=0, exchanged=0)
+    monkeypatch.setattr(bench, "extrapolate", pretended)
+    monkeypatch.setattr(bench, "least_bytes", lambda *args: (0, 0))
+
+    def flags_for(gpu_memory, host_memory):
+        plan = f"--plan --frames 1 --margin 0 --gpu_memory {gpu_memory} --host_memory {host_memory}"
+        bench.main([*plan.split(), "--loss", "dpo", "--lora_rank", "4"])
+        flags, fits = flags_printed(capsys)
+        start = "--loss dpo --lora_rank 4 --checkpointing "
+        assert flags.startswith(start) and fits == "fits"
+        return flags.removeprefix(start)
+    assert flags_for(840, 999) == "off --backward joint"      # nothing is moved to the CPU for nothing
+    assert flags_for(839, 999) == "off --backward joint --offload_params"
+    assert flags_for(240, 0) == "selective --backward joint"
+    assert flags_for(239, 29) == "chunked --backward joint"   # one branch at a time takes another forward
+    assert flags_for(100, 30) == "chunked --backward joint --offload_params"
+    assert flags_for(80, 0) == "chunked --backward sequential"
+    assert flags_for(40, 80) == "chunked --backward joint --offload_activations"
+    assert flags_for(10, 50) == "full --chunk_tokens 0 --backward joint --offload_params --offload_activations"
+
+
+def test_flags_that_cannot_fit_are_not_simulated(monkeypatch):
+    # 14B keeps 53 bytes for each token, layer and channel, 356 GB in off and 13 in full; its base has 28 GB
+    config, shape = CONFIGS["wan2.1-t2v-14b"], (16, 21, 60, 104)
+    simulated = []
+
+    def pretended(flags, config, shape, ranks):
+        simulated.append(flags)
+        return SimpleNamespace(peak=2e9, host=1e9, flops=1, learning=1, moved=0, gathered=0, exchanged=0)
+    monkeypatch.setattr(bench, "extrapolate", pretended)
+    choices = [tuple(f"--lora_rank 4 --backward sequential --checkpointing {words}".split()) for words in (
+        "off", "full", "full --offload_params", "full --offload_params --offload_activations")]
+    for card, host, expected in ((400e9, 1e9, choices[:1]), (50e9, 1e9, choices[1:2]), (20e9, 30e9, choices[2:3]),
+                                 (5e9, 60e9, choices[3:]), (5e9, 30e9, [])):
+        assert bench.first_that_fits(choices, config, shape, 1, card, host) == (expected or choices)[-1]
+        assert simulated == expected
+        simulated.clear()
+
+
+@pytest.mark.slow
+def test_what_flags_take_at_least_is_less_than_what_they_take():
+    config, shape = dataclasses.replace(SMALL, dim=256, ffn_dim=1024, num_layers=6), (16, 8, 16, 16)
+    for flags in bench.lora_choices(1):
+        flags = ("--lora_rank", "4", *flags)
+        plan = bench.extrapolate(flags, config, shape, 1)
+        card, host = bench.least_bytes(flags, config, 512, 1)
+        assert card < plan.peak and host <= plan.host, flags
 
 
 @pytest.mark.slow

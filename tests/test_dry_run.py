@@ -60,7 +60,9 @@ def slow(*case):
 
 @pytest.mark.parametrize("words", [
     "--loss sft --checkpointing chunked --chunk_tokens 64", slow("--checkpointing full --backward sequential"),
-    slow("--checkpointing selective"), slow("--ema_decay 0.9")])
+    slow("--checkpointing selective"), slow("--ema_decay 0.9"),
+    slow("--lora_rank 4 --checkpointing selective --ema_decay 0.9"),
+    slow("--lora_rank 4 --lora_targets q,v --checkpointing full --backward sequential")])
 def test_a_plan_is_what_the_same_step_takes_with_real_tensors(words):
     plan, real_plans = simulate(flags(words), SMALL, SHAPE, 1), []
 
@@ -81,6 +83,34 @@ def test_few_blocks_and_few_chunks_say_what_all_of_them_take(words, ranks):
     assert quick.peak == pytest.approx(plan.peak, rel=0.01)
     for name in ("host", "flops", "learning", "moved", "gathered", "exchanged"):
         assert getattr(quick, name) == pytest.approx(getattr(plan, name), rel=0.01), name
+
+
+# A block of SMALL: matrices 8 * 128^2 + 2 * 128 * 512, biases 9 * 128 + 512, norms 4 * 128 + 2 * 128, modulation
+# 6 * 128. Its adapters of rank 4: 8 * 4 * (128 + 128) + 2 * 4 * (128 + 512).
+BLOCK, ADAPTERS = 265344, 13312
+
+
+def four_and_six_blocks(words):
+    return [simulate(flags(words), dataclasses.replace(SMALL, num_layers=layers), SHAPE, 1) for layers in (4, 6)]
+
+
+def test_with_adapters_the_base_is_in_bf16_the_rest_follows_the_adapters_and_there_is_one_model():
+    few, more = four_and_six_blocks("--lora_rank 4 --ema_decay 0.9")
+    assert "reference" not in more.parts and more.host == 0
+    assert more.learning == 6 * ADAPTERS
+    grown = {name: (more.parts[name] - few.parts[name]) / 2 for name in ("weights", "optimizer", "ema")}
+    assert grown["weights"] == pytest.approx(2 * BLOCK + 4 * ADAPTERS, rel=0.01)         # each in steps of 512 bytes
+    assert grown["optimizer"] == pytest.approx(2 * 4 * ADAPTERS, rel=0.25)               # and 20 counts of 4 bytes
+    assert grown["ema"] == pytest.approx(4 * ADAPTERS, rel=0.01)
+
+
+@pytest.mark.parametrize("words, passes", [
+    ("--checkpointing off", 3),                            # policy and reference forward, backward
+    slow("--checkpointing full --backward sequential", 7)])    # 3 forwards, 2 of the reference, 2 backwards
+def test_a_frozen_base_on_the_cpu_is_copied_to_the_device_and_never_back(words, passes):
+    few, more = four_and_six_blocks(f"--lora_rank 4 --offload_params {words}")
+    assert (more.moved - few.moved) / 2 == passes * (2 * BLOCK + 4 * ADAPTERS) + 4 * ADAPTERS    # and gradients back
+    assert "weights" not in more.parts and "gradients" not in more.parts
 
 
 def test_what_is_offloaded_leaves_the_device():
