@@ -47,6 +47,7 @@ def numbered_video(path, count=30, fps=8, codec="h264", options=None, stamps=Non
         stream = container.add_stream(codec, rate=fps, options=options)
         stream.height, stream.width = size
         stream.pix_fmt = pix_fmt
+        stream.codec_context.thread_count = 1         # several write other bytes each time
         if time_base:
             stream.time_base = stream.codec_context.time_base = time_base
         if setup:
