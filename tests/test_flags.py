@@ -37,6 +37,14 @@ def test_the_defaults_are_those_of_the_published_runs(parse_args, defaults):
     assert flags == defaults
 
 
+def test_the_help_of_a_flag_names_the_objectives_that_read_it(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_args(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "aim at a margin of 1 / (2 tau) (--loss ipo)" in said
+    assert "[1 - clip, 1 + clip] (--loss dpo_cm, sdpo)" in said
+
+
 RANKS = SimpleNamespace(data_ranks=2)
 
 

@@ -286,6 +286,10 @@ def trained(main, base, data, out, settings, ranks, flags):
     return rows, *states, load_file(out / "export" / "diffusion_pytorch_model.safetensors")
 
 
+def step_numbers(out):
+    return sorted(int(folder.name.removeprefix("step_")) for folder in out.glob("step_*"))
+
+
 def assert_same_rows(rows, expected):
     for row, plain in zip(rows, expected, strict=True):
         for name, value in plain.items():
@@ -326,7 +330,7 @@ CASES = {   # ranks, how the run is cut, settings
     "regdpo with a fixed r": (1, "", {"loss": "regdpo", "beta": 20.0, "r": 4.0, "loss_scale": 0.1}),
     "dpo_cm": (2, "--grad_accum 2", {"loss": "dpo_cm", **WITH_WEIGHTS, "threshold": 0.965, "clip": 0.02}),
     "sdpo": (1, "--ref cached", {"loss": "sdpo", **WITH_WEIGHTS, "clip": 0.08}),
-    "ipo": (1, "", {"loss": "ipo", "tau": 5.0}),
+    "ipo": (1, "--save_every 3 --keep 9", {"loss": "ipo", "tau": 5.0}),
     "dpop": (1, "--checkpointing full", {"loss": "dpop", "beta": 20.0, "penalty": 3.0}),
     "diffusion_sdpo": (1, "--backward sequential", {"loss": "diffusion_sdpo", "beta": 20.0, "mu": 0.4}),
     "preference": (1, "", {"loss": "preference", "max_grad_norm": 0.18}),
@@ -355,6 +359,8 @@ def test_a_run_is_the_plain_loop(world, base, tmp_path, name):
 
     norms = [row["grad_norm"] for row in rows]             # the run did what it is there for
     assert min(norms) < settings.max_grad_norm < max(norms)
+    if name == "ipo":
+        assert step_numbers(tmp_path / "out") == [3, 6, 7]
     if settings.loss == "dpo_cm":                          # some pairs are dropped, in the last step all of them
         kept = [row["kept"] for row in rows]
         assert 0 < min(kept[:-1]) < max(kept) < 1 and kept[-1] == 0
@@ -503,7 +509,7 @@ def plain_spo_row(settings, step, transitions, seen):
 
 
 SPO_CASES = [   # ranks, flags, settings
-    (1, "--grad_accum 2", {"kernel": "ddim", "eta": 0.9, "step_weight": "none"}),
+    (1, "--grad_accum 2 --save_every 2", {"kernel": "ddim", "eta": 0.9, "step_weight": "none"}),
     (2, "", {"kernel": "dance", "eta": 0.6, "step_weight": "inverse", "threshold": "0.01"})]
 
 
@@ -520,6 +526,7 @@ def test_a_run_of_spo_is_the_plain_loop(world, base, tmp_path, ranks, flags, cha
     assert_same_weights(policy, plain_policy, start)
     assert_same_weights(average, plain_average, start)
     assert all(torch.equal(exported[name], weight) for name, weight in average.items())
+    assert step_numbers(tmp_path / "out") == ([2, 3] if "--save_every 2" in flags else [3])
 
 
 # ------------------------------------------------------------------------------------------------------------------
