@@ -326,9 +326,10 @@ def test_compiled_policy_and_reference_are_equal_in_every_mode_without_a_graph_b
 
 @pytest.mark.slow
 @pytest.mark.skipif(not shutil.which("g++"), reason="inductor needs g++")
-@pytest.mark.parametrize("flags", COMPILED)
+@pytest.mark.parametrize("flags", [flags for flags in COMPILED if flags not in (COMPILED[3], COMPILED[5])])
 def test_policy_and_reference_compiled_by_inductor_are_equal_in_every_mode(flags):
-    check_compiled("t2v", flags, torch.float32, "inductor", most=1e-5)
+    # left out: full without chunks compiles what off compiles, offloading changes no graph, and t2v in float32 is
+    # i2v-clip without its image branch; aot_eager sees them all
     check_compiled("t2v", flags, torch.bfloat16, "inductor", most=0.05)
     check_compiled("i2v-clip", flags, torch.float32, "inductor", most=1e-5)
     # with an image branch in bf16 inductor rounds otherwise where no gradient is wanted: 8e-5 of the velocity, not 0
@@ -446,7 +447,7 @@ def sharded_differences(name, cp_size, dtype, ways):
 
 @pytest.mark.parametrize("world, cp_size, name, dtype", [
     (1, 1, "tiny", torch.float32), (2, 1, "i2v-clip", torch.bfloat16),
-    pytest.param(2, 1, "tiny", torch.float32, marks=slow), pytest.param(1, 1, "ti2v", torch.bfloat16, marks=slow)])
+    pytest.param(1, 1, "ti2v", torch.bfloat16, marks=slow)])
 def test_sharded_policies_equal_off_and_their_reference_and_ask_for_no_more_gathers(world, cp_size, name, dtype):
     for differences in on_ranks(world, sharded_differences, name, cp_size, dtype, WAYS):
         assert not any(differences.values()), differences

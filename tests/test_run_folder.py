@@ -84,7 +84,10 @@ def same_end(one, other):
 # ------------------------------------------------------------------------------------------------------------------
 # going on
 
-SLOW = [(1, f"--loss {loss}") for loss in train.OBJECTIVES if loss not in ("sft", "regdpo", "sdpo")] + [
+# objectives keep nothing between steps: of those that do, dpo_cm skips an update and a preference model has a new head
+SLOW = [
+    (1, "--loss dpo_cm"),
+    (1, "--loss preference"),
     (1, "--backward sequential"),
     (2, "--grad_accum 2"),
     (2, "--backward pair --ref cached"),
@@ -112,7 +115,7 @@ def test_a_run_that_is_cut_and_goes_on_is_the_uncut_run_in_every_bit_of_log_weig
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("before, after", [(1, 2), (2, 1), (2, 4)])
+@pytest.mark.parametrize("before, after", [(2, 1), (2, 4)])
 def test_on_another_number_of_ranks_a_run_goes_on_to_the_same_numbers_within_1e_5(world, base, tmp_path, before, after):
     # beta multiplies float32's rounding: at 1000 AdamW's moments part by 5e-5
     slower = "--learning_rate 3e-5 --beta 50"
