@@ -226,6 +226,11 @@ class LoraFile:
     def __str__(self):
         return f"{self.path}:{self.strength:g}"
 
+    def describe(self):
+        """Return words on its size for a user."""
+        ranks = sorted({adapter.rank for adapter in self.adapters.values()})
+        return f"{len(self.adapters)} layers, rank {', '.join(map(str, ranks))}"
+
     @property
     def digest(self):
         """Return text that names the contents and the strength."""
@@ -244,15 +249,15 @@ def split_scale(flag, text):
         strength = float(scale)
     except ValueError:
         strength = math.nan
-    if not math.isfinite(strength):
-        raise ValueError(f"{flag} {text}: the scale is {scale!r}; expected a number, such as 0.8")
+    if not math.isfinite(strength) or strength == 0:
+        raise ValueError(f"{flag} {text}: the scale is {scale!r}; expected a number that is not 0, such as 0.8")
     return path, strength
 
 
 def open_lora_files(flag, texts, config, expert=""):
     """
     Return the LoraFiles of a command line's flag, texts FILE or FILE:SCALE, for a model of config. expert: "high" or
-    "low" where the model is one of two. ValueError for a file that is not for this model. No matrix is read.
+    "low" where the model is one of two. ValueError for a file that is not for this model, or would change nothing.
     """
     other = {"high": "low", "low": "high", "": None}[expert]
     files = []
@@ -264,6 +269,8 @@ def open_lora_files(flag, texts, config, expert=""):
         adapters = open_lora(path)
         check_adapters(adapters, config, f"{flag} {path}")
         check_attachable(adapters, config, f"{flag} {path}")
+        if not any(adapter.B[:].any() for adapter in adapters.values()):
+            raise ValueError(f"{flag} {path} changes nothing: its lora_B is 0 in every layer, as before training")
         files.append(LoraFile(path, strength, adapters))
     return files
 

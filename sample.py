@@ -543,7 +543,7 @@ def main(args):
         print(f"{args.init}: {config.model_type}, {sampler}", flush=True)
         for flag, files in (("--lora", args.lora), ("--low_lora", args.low_lora)):
             for file in files:
-                print(f"{flag} {file}: {len(file.adapters)} layers", flush=True)
+                print(f"{flag} {file}: {file.describe()}", flush=True)
     work = make_videos if args.prompts else add_negatives
     work(args, config, sampler, high, low)
 

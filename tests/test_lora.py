@@ -869,8 +869,8 @@ def test_samples_with_lora_files_are_those_of_the_merged_model(tiny_with_adapter
     folder = tiny_with_adapters
     files = (folder / "first.safetensors", f"{folder / 'second: it.safetensors'}:-0.5")
     with_files = sampled(tmp_path / "files", folder / "base", "--lora", *files)
-    assert re.search("--lora .*first.safetensors:1: 40 layers\n--lora .*it.safetensors:-0.5: 12 layers",
-                     capsys.readouterr().out)
+    words = "--lora .*first.safetensors:1: 40 layers, rank 4\n--lora .*it.safetensors:-0.5: 12 layers, rank 2"
+    assert re.search(words, capsys.readouterr().out)
     assert re.search(r"base \+ .*first.safetensors:1 \+ .*it.safetensors:-0.5$", with_files["metadata"]["source"])
     check_merged(sampled(tmp_path / "base", folder / "base"), with_files,
                  sampled(tmp_path / "merged", folder / "merged"))
@@ -913,6 +913,8 @@ def test_negatives_name_the_adapters_that_made_them(tiny_with_adapters, world, t
     ("--lora first.safetensors:x", "--lora .*first.safetensors:x: the scale is 'x'; expected a number"),
     ("--lora first.safetensors:", "--lora .*first.safetensors:: the scale is ''"),
     ("--lora first.safetensors:nan", "the scale is 'nan'"),
+    ("--lora first.safetensors:0.0", "the scale is '0.0'; expected a number that is not 0"),
+    ("--lora fresh", "--lora .*fresh changes nothing: its lora_B is 0 in every layer"),
     ("--lora wide", "--lora .*wide is for another model: its adapter of blocks"),
     ("--lora base/diffusion_pytorch_model.safetensors", "fits no layer of a Wan model"),
     ("--low_lora first.safetensors", "--low_lora are for two experts, and .* is one model"),
@@ -925,6 +927,8 @@ def test_adapters_that_cannot_be_sampled_with_are_refused_before_a_model_is_load
     monkeypatch.setattr(streaming, "load_wan", lambda *args, **options: pytest.fail("the model was loaded"))
     folder = tiny_with_adapters
     save_lora(folder / "wide", random_adapters(dataclasses.replace(CONFIGS["tiny"], dim=64)))
+    fresh = random_adapters(CONFIGS["tiny"])
+    save_lora(folder / "fresh", {layer: dataclasses.replace(fresh[layer], B=0 * fresh[layer].B) for layer in fresh})
     for expert in ("high", "low"):
         shutil.copy(folder / "first.safetensors", folder / f"{expert}_noise.safetensors")
     words_given = [word if word.startswith("--") else str(folder / word) for word in flags.split()]
