@@ -19,7 +19,7 @@ import toy
 from data import PairSet, collate, empty_caption, open_data, randomness
 from samples import check_samples, seed_of, weights_digest, write_sample, write_whole
 from fsdp_utils import spread
-from pictures import contact_sheet
+from pictures import contact_sheet, false_colours, page
 from sample import Sampler, generate, make_negatives, missing_negatives, negative_settings
 from weights import load_wan
 
@@ -191,26 +191,37 @@ class HeldOut:
         return videos
 
     def picture(self, path, now):
-        """Rank 0 writes path.png: of eight captions the real clip, those kept, and now {title: clips}."""
+        """
+        Rank 0 writes path.png: of eight captions the real clip, those kept, and now {title: clips}. Returns the file.
+        """
+        path = path.with_suffix(".png")
         if dist.get_rank() == 0:
             rows = [*self.rows.values(), *now.values()]
             clips = [clips[i] for i in range(8) for clips in rows]
-            write_whole(path.with_suffix(".png"), contact_sheet(clips, upscale=3, group=len(rows)))
+            write_whole(path, contact_sheet(clips, upscale=3, group=len(rows)))
+        return path
 
     def close(self, folder, now):
-        """Rank 0 writes marks.json and the last picture, and prints the table."""
-        self.picture(folder / "after", now)
+        """Rank 0 writes marks.json, the last picture and a page of it, and prints the table. Returns the picture."""
+        path = self.picture(folder / "after", now)
         if dist.get_rank() == 0:
             write_whole(folder / "marks.json", json.dumps(self.marks, indent=1).encode())
-            toy.print_table(self.marks | {"real clips": toy.score(self.real, self.captions, self.yardstick)})
-            print(f"picture (per held-out caption: {', '.join([*self.rows, *now])}) in {folder / 'after.png'}")
+            table = self.marks | {"real clips": toy.score(self.real, self.captions, self.yardstick)}
+            toy.print_table(table)
+            table["better is"] = {name: toy.better(name) for name in table["real clips"]}
+            note = f"Eight of {len(self.captions)} held-out captions; the marks are over all of them."
+            write_whole(folder / "after.html", page(f"{folder.parent.name}: held-out captions", self.captions[:8],
+                                                    self.rows | now, table, fps=8, note=note))
+            print(f"picture (per held-out caption: {', '.join([*self.rows, *now])}) in {path}; the clips move in "
+                  f"{folder / 'after.html'}")
+        return path
 
 
 class Preview:
     """
     What a model makes of a few captions of any data in the course of a run, with the same noise each time, as HeldOut
     for the embedded world. It writes latents, so that training holds no decoder: real, before and now next to each
-    other in one sample, which `encode.py --decode` turns into one mp4.
+    other in one sample, which `encode.py --decode` turns into one mp4. Pictures show them in false colours.
     """
 
     def __init__(self, dataset, sampler, count=4):
@@ -239,18 +250,38 @@ class Preview:
         return latents
 
     def picture(self, folder, now):
-        """Rank 0 writes folder/000.safetensors and so on: the real latents, those kept, and now {title: latents}."""
+        """
+        Rank 0 writes folder/000.safetensors and so on: the real latents, those kept, and now {title: latents}; and
+        folder.png, the same in false colours, which it returns.
+        """
         columns = self.columns | now
+        path = folder.with_suffix(".png")
         for i, item in enumerate(self.items if dist.get_rank() == 0 else ()):
             latents = torch.cat([latents[i] for latents in columns.values()], dim=-1)
             metadata = item.get("metadata", {}) | {"source": " | ".join(columns)}
             write_sample(folder / f"{i:03d}.safetensors", latents, item["context"], metadata)
+        if dist.get_rank() == 0:
+            rows = self.in_false_colours(columns)
+            clips = [clips[i] for i in range(len(self.items)) for clips in rows.values()]
+            write_whole(path, contact_sheet(clips, group=len(rows)))
+        return path
+
+    def in_false_colours(self, columns):
+        """{title: latents} -> {title: videos (N, 3, F, H, W)}, in the same colours at every step."""
+        return {title: false_colours(latents, self.columns["real"]) for title, latents in columns.items()}
 
     def close(self, folder, now):
-        self.picture(folder / "after", now)
+        path = self.picture(folder / "after", now)
         if dist.get_rank() == 0:
-            print(f"previews ({' | '.join([*self.columns, *now])}) in {folder}: python encode.py --decode "
-                  f"{folder / 'after'} --out look (Wan: with --weights DIR)")
+            columns = self.columns | now
+            command = f"python encode.py --decode {folder / 'after'} --out look (Wan: with --weights DIR)"
+            note = f"Latents in false colours, a latent frame as a picture. The videos themselves: {command}"
+            captions = [item.get("metadata", {}).get("prompt", item["name"]) for item in self.items]
+            write_whole(folder / "after.html", page(f"{folder.parent.name}: previews", captions,
+                                                    self.in_false_colours(columns), {}, fps=4, note=note))
+            print(f"previews ({' | '.join(columns)}) in {folder}, in false colours in after.html; decode them with "
+                  f"{command}")
+        return path
 
 
 NOT_CONDITIONS = ("win", "lose", "context", "name", "source", "metadata")

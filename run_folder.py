@@ -1,5 +1,5 @@
 """
-Everything under --out, so that nothing is lost: config, log, checkpoints, stopping and resuming, skipped steps.
+Everything under --out, so that nothing is lost: config, checkpoints, stopping and resuming, skipped steps.
 
     out/config.json   out/log.jsonl, a row a step   out/step_000500/   out/latest, the step folder to resume from
 
@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -28,10 +29,11 @@ from torch.distributed.checkpoint.state_dict import (
 )
 
 from samples import weights_digest, write_whole
-from fsdp_utils import extremes, state_options, total
+from fsdp_utils import state_options
 from step_folder import Planner, Reader
+from tracker import TRACKERS, check_tracker
 
-LOCKS = []    # open file descriptors of locked folders
+AT_END = ExitStack()    # closes what a trainer's main has opened, however main ends: closes_at_end
 
 # ------------------------------------------------------------------------------------------------------------------
 # starting and resuming
@@ -52,6 +54,7 @@ def check_common_flags(args, ranks):
     for name in counts:
         if getattr(args, name, 1) < 1:                     # not every trainer has all of them
             raise ValueError(f"--{name} {getattr(args, name)}: expected at least 1")
+    check_tracker(args.tracker)
     ranges = [   # flag, is it fine, what is expected
         ("max_grad_norm", args.max_grad_norm > 0, "above 0 ('inf' switches clipping off)"),
         ("learning_rate", args.learning_rate > 0, "above 0"),
@@ -181,14 +184,14 @@ def begin_log(args, start, **facts):
 
 def lock_folder(out, ranks):
     """
-    Lock the run's folder until the function decorated with releases_locks ends; a kill releases it too. The first rank
+    Lock the run's folder until the function decorated with closes_at_end ends; a kill releases it too. The first rank
     holds the lock. All ranks call it. ValueError on every rank where another run holds it.
     """
     is_free = True
     if ranks.rank == 0:
         out.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(out, os.O_RDONLY)
-        LOCKS.append(descriptor)
+        AT_END.callback(os.close, descriptor)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -202,15 +205,12 @@ def lock_folder(out, ranks):
                          "--out")
 
 
-def releases_locks(main):
-    """Decorator of a trainer's main: closes what lock_folder opened, however main ends."""
+def closes_at_end(main):
+    """Decorator of a trainer's main: closes the lock, the log and the tracker, however main ends."""
     @functools.wraps(main)
     def wrapper(*args, **options):
-        try:
+        with AT_END:
             return main(*args, **options)
-        finally:
-            while LOCKS:
-                os.close(LOCKS.pop())
     return wrapper
 
 
@@ -221,6 +221,8 @@ def add_folder_flags(parser, save_every):
     add("--keep", type=int, default=2, help="checkpoints that stay on disk")
     add("--save_minutes", type=float, default=30.0,
         help="also save every this many minutes (0: off). SIGTERM and SIGINT save too, and stop")
+    add("--tracker", default="none", choices=["none", *TRACKERS],
+        help="also send rows, previews and flags to TensorBoard (out/RUN/tensorboard) or to Weights & Biases")
     add("--resume", default="", help="a step folder, 'latest', or 'auto': latest where there is one. Ranks that "
                                      "torchrun --max-restarts restarts resume by themselves")
 
@@ -451,105 +453,3 @@ def load_checkpoint(folder, policy, optimizer, ema):
     if isinstance(ema, nn.Module):
         set_model_state_dict(ema, state["ema"])
     return saved["step"], saved.get("skipped", 0)
-
-
-# ------------------------------------------------------------------------------------------------------------------
-# a row of the log
-
-BINS = 4                                                   # of sigma, for the curves by noise level
-BINNED = ("err_win", "win_gap", "lose_gap", "margin", "accuracy")
-
-
-def diagnostics(metrics):
-    """What the four errors say in addition to the loss (docs/CURVES.md explains them): {name: (B,)} -> {name: (B,)}."""
-    right = (metrics["margin"] > 0).float()
-    extra = {"accuracy_strict": right, "margin_abs": metrics["margin"].abs()}
-    if "dgr" in metrics:                                   # a margin with beta in it
-        extra["saturated"] = (metrics["margin"].abs() > 5).float()
-    if "err_win" in metrics:
-        win_gap, lose_gap = metrics["win_gap"], metrics["lose_gap"]
-        extra |= {
-            "win_ratio": metrics["err_win"] / metrics["ref_err_win"],
-            "lose_ratio": metrics["err_lose"] / metrics["ref_err_lose"],
-            "gap_mean": (win_gap + lose_gap) / 2,
-            "win_gap_positive": (win_gap > 0).float(),
-            "win_worse_though_right": right * (win_gap > 0),
-            "loser_driven": right * (lose_gap > -win_gap),
-        }
-    return extra
-
-
-def add_up(sums, metrics, sigma, counts):
-    """
-    Add one micro-batch's metrics (B,) to the running sums {name: float}, overall and by bin of sigma, and its counts
-    {name: number}.
-    """
-    for name, number in counts.items():
-        sums[name] = sums.get(name, 0.0) + number
-    bins = (sigma * BINS).long().clamp(max=BINS - 1)
-    for name, values in (metrics | {"pairs": torch.ones_like(sigma)}).items():
-        sums[name] = sums.get(name, 0.0) + values.sum().item()
-        if name in BINNED or name == "pairs":
-            for i in range(BINS):
-                sums[f"{name}/{i}"] = sums.get(f"{name}/{i}", 0.0) + values[bins == i].sum().item()
-
-
-def summarise(sums, margins, ranks):
-    """
-    Means over all pairs of the step, from the sums of every rank in one all-reduce. Returns the row, and the sums over
-    all ranks, in which a pair that several ranks share counts once for each of them.
-
-    Curves by sigma become lists under "by_sigma" (null where a bin had no pair). margins: a list, this rank's; the
-    smallest and the largest of all ranks go into the row, since a mean hides the one pair that runs away.
-    """
-    names = sorted(sums)
-    sums = dict(zip(names, total([sums[name] for name in names], ranks.device)))
-    row = {
-        name: value / sums["pairs"]
-        for name, value in sums.items()
-        if "/" not in name and name not in ("pairs", "bad_samples")
-    }
-    row["by_sigma"] = {}
-    for name in BINNED:
-        if name in sums:
-            counts = [sums[f"pairs/{i}"] for i in range(BINS)]
-            row["by_sigma"][name] = [sums[f"{name}/{i}"] / count if count else None for i, count in enumerate(counts)]
-    for name in {"win_worse_though_right", "loser_driven"} & sums.keys():     # shares of the pairs that count as right
-        row[name] = sums[name] / max(1, sums["accuracy_strict"])
-    if margins:
-        row["margin_min"], row["margin_max"] = extremes(margins, ranks.device)
-    if "kept" in sums:                                     # dpo_cm averages over the pairs it kept
-        row["loss"] *= sums["pairs"] / max(1, sums["kept"])
-    sharing = ranks.world // ranks.data_ranks
-    row["bad_samples"] = round(sums["bad_samples"] / sharing)
-    sources = {
-        name.removeprefix("sources/"): round(sums[name] / sharing) for name in sums if name.startswith("sources/")
-    }
-    if len(sources) > 1:                                   # the folders of losers that the pairs came from
-        row["sources"] = {name: count for name, count in sources.items() if count}
-    return row, sums
-
-
-SHOWN = ("loss", "accuracy", "margin", "win_gap", "lose_gap", "dgr", "err_win", "kept", "grad_norm", "seconds")
-
-
-def log_row(path, row, verdicts=(), show=True, shown=SHOWN):
-    """Append a row to the log at path, print what is in `shown` of it if `show`, and print its verdicts."""
-    append_row(path, row)
-    if show:
-        numbers = "  ".join(f"{name} {row[name]:.4g}" for name in shown if name in row)
-        print(f"step {row['step']:>5}  {numbers}", flush=True)
-    for verdict in verdicts:
-        print(verdict, flush=True)
-
-
-def append_row(path, row):
-    """Append a row to log.jsonl. Seven digits are more than a curve shows and halve the log."""
-    rounded = json.loads(json.dumps(row), parse_float=lambda digits: float(f"{float(digits):.7g}"))
-    try:
-        with open(path, "a") as log:
-            log.write(json.dumps(rounded) + "\n")
-    except OSError as error:
-        raise ValueError(
-            f"{path} could not be written ({error}); make room, and resume with --resume latest"
-        ) from error

@@ -402,11 +402,15 @@ def score(video, captions, real):
     return means | {"frechet": frechet(video, real)}
 
 
+def better(name):
+    """Which values of this metric are better, as a word."""
+    return "higher" if name in ("colour", "shape", "direction") else "lower"
+
+
 def print_table(marks):
     """Print marks {row title: {metric: float}}, the exact metrics of the embedded world, one row each."""
     names = list(next(iter(marks.values())))
     print(f"\n{'held-out captions':<20}" + "".join(f"{name:>12}" for name in names))
     for title, row in marks.items():
         print(f"{title:<20}" + "".join(f"{row[name]:>12.3f}" for name in names))
-    better = ["higher" if name in ("colour", "shape", "direction") else "lower" for name in names]
-    print("better is:          " + "".join(f"{word:>12}" for word in better), flush=True)
+    print("better is:          " + "".join(f"{better(name):>12}" for name in names), flush=True)

@@ -24,6 +24,7 @@ import evaluate
 import lora
 import losses
 import run_folder
+import run_log
 from curves import Watch
 from data import branch, collate, draw, empty_caption, order, randomness
 from export import export_run
@@ -128,7 +129,7 @@ OBJECTIVES = {
 MAY_CHANGE = {
     "out", "resume", "init", "data", "grad_accum", "bad_samples", "backward", "cp_size", "replicate", "ref",
     "checkpointing", "chunk_tokens", "compile", "offload_activations", "offload_params", "save_every", "keep",
-    "save_minutes", "log_every", "probe_every", "sample_every", "eval_clips"}
+    "save_minutes", "log_every", "probe_every", "sample_every", "eval_clips", "tracker"}
 
 
 # ------------------------------------------------------------------------------------------------------------------
@@ -307,7 +308,7 @@ def coefficients(args, pair):
     if not objective.trains_scores:
         metrics |= {"err_win": err_win.detach(), "err_lose": err_lose.detach()}
         metrics |= {"ref_err_win": pair.ref_err_win, "ref_err_lose": pair.ref_err_lose}
-    return c_win, c_lose, metrics | run_folder.diagnostics(metrics)
+    return c_win, c_lose, metrics | run_log.diagnostics(metrics)
 
 
 @torch.no_grad()
@@ -415,7 +416,7 @@ def learning_rate(args, step):
     return args.learning_rate * min(warm, decay)
 
 
-@run_folder.releases_locks
+@run_folder.closes_at_end
 def main(args, dataset=None):
     """dataset: an object as data.py describes it, in place of --data."""
     # ---------------- ranks
@@ -463,7 +464,7 @@ def main(args, dataset=None):
     run_folder.lock_folder(args.out, ranks)
     checkpoint = Path(args.resume)
     start, skipped = run_folder.load_checkpoint(args.resume, policy, optimizer, ema)
-    rows = run_folder.begin_log(args, start, ranks=ranks.world) if ranks.rank == 0 else []
+    log = run_log.Log(args, start, ranks)
     dist.barrier()
 
     # ---------------- what will happen
@@ -486,7 +487,7 @@ def main(args, dataset=None):
         gc.collect()                                       # a sharded model refers to itself and would stay for a while
 
     # ---------------- the loop
-    watch = Watch(rows)
+    watch = Watch(log.rows)
     margin_beta = args.beta if BETA in objective.flags else 1.0
     in_bf16 = matrix_dtype(ranks.device.type) is not None
     scale = args.loss_scale * ranks.world / args.batch_size        # FSDP averages over ranks, a step over its pairs
@@ -499,10 +500,10 @@ def main(args, dataset=None):
             batch = read_batch(args, dataset, positions, ranks.device)
             ref_or_errors = cached.at(positions) if cached else ref
             metrics = backward_batch(args, policy, ref_or_errors, batch, scale, ranks)
-            run_folder.add_up(sums, metrics, batch["sigma"], batch["counts"])
+            run_log.add_up(sums, metrics, batch["sigma"], batch["counts"])
             margins += metrics["margin"].tolist() if objective.reads_pairs else []
             samples += zip(batch["names"], metrics["loss"].tolist())
-        row, sums = run_folder.summarise(sums | signals.asks(), margins, ranks)
+        row, sums = run_log.summarise(sums | signals.asks(), margins, ranks)
         if objective.needs_ref and step == 0:
             run_folder.check_first_margin(row["margin_abs"], margin_beta, in_bf16)
 
@@ -529,8 +530,7 @@ def main(args, dataset=None):
         is_last = step + 1 == args.steps
         if probe and ((step + 1) % args.probe_every == 0 or is_last):
             row["probe"] = probe(averaged, args.beta)      # after this step's update; beta times the gap for every loss
-        if ranks.rank == 0:
-            run_folder.log_row(args.out / "log.jsonl", row, watch(row), show=step % args.log_every == 0 or is_last)
+        log.add(row, watch(row))
 
         if (step + 1) % args.save_every == 0 or is_last or sums["asks/save"] or sums["asks/stop"]:
             meta = fixed | {"config": asdict(trained_config), "skipped": skipped}
@@ -539,7 +539,7 @@ def main(args, dataset=None):
             return signals.leave(checkpoint)
         if held_out and args.sample_every and (step + 1) % args.sample_every == 0 and not is_last:
             now = held_out.judge(f"step {step + 1}", averaged, ranks)
-            held_out.picture(args.out / "samples" / f"step_{step + 1:06d}", {"now": now})
+            log.picture(held_out.picture(args.out / "samples" / f"step_{step + 1:06d}", {"now": now}))
 
     # ---------------- results
     signals.close()
@@ -548,7 +548,7 @@ def main(args, dataset=None):
     if objective.trains_scores and args.eval_clips and evaluate.is_toy_data(dataset):
         evaluate.mark_scores(args, config, ranks, both_errors, averaged)
     if held_out:
-        held_out.close(args.out / "samples", {"after": held_out.judge("after", averaged, ranks)})
+        log.picture(held_out.close(args.out / "samples", {"after": held_out.judge("after", averaged, ranks)}))
     dist.barrier()
     dist.destroy_process_group()
 

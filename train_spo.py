@@ -33,9 +33,10 @@ from fsdp_utils import spread, start_ranks, total
 from lora import Average, Reference, add_lora_flags, check_lora_flags, plan_lora
 from losses import add_noise, spo_loss
 from memory import add_memory_flags, check_memory_flags, memory_gib, memory_plan, reset_memory_gib
-from run_folder import Signals, add_folder_flags, begin_log, check_common_flags, check_first_margin, report_skipped
-from run_folder import check_folder, check_same_run, describe_run, load_checkpoint, lock_folder, log_row
-from run_folder import releases_locks, run_settings
+from run_folder import Signals, add_folder_flags, check_common_flags, check_first_margin, check_folder
+from run_folder import check_same_run, closes_at_end, describe_run, load_checkpoint, lock_folder, report_skipped
+from run_folder import run_settings
+from run_log import Log
 from sample import KERNELS, call_model, log_density, step_coefficients, step_distribution, uniform_grid
 from weights import find_experts, locate_weights, open_wan
 
@@ -43,7 +44,7 @@ LARGEST_WEIGHT = 10.0   # of --step_weight inverse; the first of 20 steps would 
 # What may differ from the run that is resumed; all else must not, and --init, --score and --data must hold the same.
 MAY_CHANGE = {
     "out", "resume", "init", "score", "data", "steps", "grad_accum", "cp_size", "ref", "checkpointing", "chunk_tokens",
-    "compile", "offload_activations", "offload_params", "save_every", "keep", "save_minutes", "eval_clips"}
+    "compile", "offload_activations", "offload_params", "save_every", "keep", "save_minutes", "eval_clips", "tracker"}
 SHOWN = ("score", "score_end", "gap", "kept", "loss", "accuracy", "margin", "clipped", "grad_norm", "seconds")
 
 
@@ -423,7 +424,7 @@ def evaluate(args, held_out, title, model, ranks):
 
 # ------------------------------------------------------------------------------------------------------------------
 
-@releases_locks
+@closes_at_end
 def main(args):
     # ---------------- ranks
     ranks = start_ranks(cp_size=args.cp_size)
@@ -464,9 +465,7 @@ def main(args):
     lock_folder(args.out, ranks)
     checkpoint = Path(args.resume)
     start, skipped = load_checkpoint(args.resume, policy, optimizer, ema)
-    log_path = args.out / "log.jsonl"
-    if ranks.rank == 0:
-        begin_log(args, start, ranks=ranks.world)
+    log = Log(args, start, ranks, SHOWN)
     dist.barrier()
 
     # ---------------- what will happen
@@ -529,8 +528,7 @@ def main(args):
                 "grad_norm": sum(norms) / max(1, len(norms)), "updates": len(norms), "skipped": skipped,
                 "lr": optimizer.param_groups[0]["lr"], "seconds": time.perf_counter() - began,
                 "memory_gib": memory_gib(ranks.device)}
-        if ranks.rank == 0:
-            log_row(log_path, row, shown=SHOWN)
+        log.add(row)
         is_last = step + 1 == args.steps
         if (step + 1) % args.save_every == 0 or is_last or sums["asks/save"] or sums["asks/stop"]:
             meta = fixed | {"config": asdict(config), "skipped": skipped}
@@ -544,7 +542,7 @@ def main(args):
         export_run(checkpoint, args.out / "export")
     if held_out:
         evaluate(args, held_out, "after", averaged, ranks)
-        held_out.close(args.out / "samples", {})
+        log.picture(held_out.close(args.out / "samples", {}))
     dist.barrier()
     dist.destroy_process_group()
 

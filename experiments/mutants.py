@@ -36,6 +36,7 @@ TESTS = {
     "train_spo.py": "flags spo plain_loops half_precision run_folder",
     "evaluate.py": "evaluate previews spo",
     "run_folder.py": "flags log extensions plain_loops run_folder train evaluate",
+    "run_log.py": "log tracker extensions plain_loops run_folder train evaluate",
     "ref_cache.py": "ref_cache parallel plain_loops",
     "fsdp_utils.py": "plain_loops half_precision parallel run_folder"}
 # of these files some functions only
@@ -91,7 +92,7 @@ BY_HAND = [
     # the mean over pairs
     ("train.py", 'kept = sums["pairs"] / max(1, sums["kept"]) if "kept" in sums else 1.0', "kept = 1.0"),
     ("train.py", 'if sums.get("kept", 1):', "if True:"),
-    ("run_folder.py", 'row["loss"] *= sums["pairs"] / max(1, sums["kept"])', "pass"),
+    ("run_log.py", 'row["loss"] *= sums["pairs"] / max(1, sums["kept"])', "pass"),
     # importance weights
     ("train.py", "return weight_win, importance_weight(pair.err_lose, pair.sigma, sigma_next)",
      "return weight_win, importance_weight(pair.err_win, pair.sigma, sigma_next)"),

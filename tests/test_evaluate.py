@@ -5,6 +5,7 @@ and sigmas, whatever the run; what is held back for it. The audit: it finds what
 import dataclasses
 import json
 import re
+from base64 import b64encode
 from types import SimpleNamespace
 
 import pytest
@@ -20,6 +21,7 @@ from samples import read_sample, sample_files, seed_of, write_sample
 from evaluate import HeldOut, Probe, audit, audit_report, auc, best_threshold, hold_back, sigma_steps, statistics
 from fsdp_utils import start_ranks
 from model import WanModel
+from pictures import animated_png, to_rgb
 from sample import Sampler
 from step_folder import stored_weights
 from weights import open_wan
@@ -190,6 +192,19 @@ def test_a_run_in_the_embedded_world_trains_on_its_captions_and_judges_the_avera
         clips = toy.decode_pixels(latents).clamp(-1, 1)
         assert row["drift"] == pytest.approx(toy.metrics(clips, held_out)["drift"].mean().item())
     assert {path.name for path in (tmp_path / "out" / "samples").glob("*.png")} == {"after.png", "step_000002.png"}
+
+    # the page: the clips of the picture, and the marks
+    text = (tmp_path / "out" / "samples" / "after.html").read_text()
+    clips = [toy.decode_pixels(toy.encode_pixels(toy.make_clips(64, seed=1, held_out=True)[1]))]
+    clips += [toy.decode_pixels(latents).clamp(-1, 1) for latents in (judged[0], judged[2])]
+    for i, caption in enumerate(held_out[:8]):
+        start, end = text.index(f"<h2>{caption}</h2>"), text.index("</table>", text.index(f"<h2>{caption}</h2>"))
+        for label, videos in zip(("real", "before", "after"), clips, strict=True):
+            moving = b64encode(animated_png(to_rgb(videos[i]), fps=8)).decode()
+            assert f"<tr><th>{label}</th>" in text[start:end] and moving in text[start:end]
+    for label, row in marks.items():
+        assert f"<tr><th>{label}</th><td>{row['colour']:.3f}</td>" in text
+    assert "<th>real clips</th>" in text and "<th>better is</th><td>higher</td>" in text
 
     # the probe: other held-out captions, the average after three steps and at the end
     [folder] = (tmp_path / "data").glob("toy_held_out_16_*_2steps_guidance1.5_shift2")

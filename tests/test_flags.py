@@ -9,7 +9,7 @@ from conftest import main_fails
 from run_folder import check_common_flags
 
 # Another default changes every run that does not name the flag, so it is changed here as well, knowingly.
-FOLDER = {"keep": 2, "save_minutes": 30.0, "resume": ""}
+FOLDER = {"keep": 2, "save_minutes": 30.0, "resume": "", "tracker": "none"}
 MEMORY = {"cp_size": 1, "ref": "auto", "checkpointing": "off", "chunk_tokens": -1, "compile": False,
           "offload_activations": False, "offload_params": False}
 ADAPTERS = {"lora_rank": 0, "lora_alpha": 0.0, "lora_targets": "q,k,v,o,ffn.0,ffn.2", "init_lora": ""}

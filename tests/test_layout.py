@@ -20,7 +20,8 @@ PAGES = ["README.md", "NOTES.md", "toy_base/README.md",
          *sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").glob("*.md"))]
 
 # File: which of our files it may import; those after "inside" inside functions only.
-MACHINERY = "losses model data samples sample memory fsdp_utils weights lora run_folder evaluate curves pictures toy"
+MACHINERY = ("losses model data samples sample memory fsdp_utils weights lora run_folder run_log evaluate curves "
+             "pictures toy")
 IMPORTS = {
     "losses.py": "", "model.py": "", "memory.py": "", "toy.py": "", "curves.py": "", "pictures.py": "", "video.py": "",
     "step_folder.py": "model",
@@ -32,7 +33,9 @@ IMPORTS = {
     "export.py": "samples step_folder weights lora_files",
     "streaming.py": "lora_files memory weights",
     "fsdp_utils.py": "model memory weights lora",
-    "run_folder.py": "data samples weights step_folder fsdp_utils",
+    "run_folder.py": "data samples weights step_folder fsdp_utils tracker",
+    "run_log.py": "run_folder fsdp_utils tracker",
+    "tracker.py": "samples",
     "ref_cache.py": "data samples fsdp_utils",
     "sample.py":
         "losses model data samples weights lora_files streaming memory fsdp_utils pictures toy "
@@ -50,6 +53,7 @@ PACKAGES = {
     "losses.py": "torch", "model.py": "torch einops", "toy.py": "torch einops", "lora.py": "torch",
     "curves.py": "inside matplotlib",
     "pictures.py": f"{CORE} inside av",
+    "tracker.py": f"{CORE} inside PIL wandb",
     "video.py": f"{CORE} inside av PIL",
     "wan_encoders.py": f"{CORE} inside diffusers transformers accelerate ftfy",
 }

@@ -1,14 +1,22 @@
 """What a run says: beforehand, in each row of its log, and where a number cannot be right."""
+import fcntl
+import io
 import json
+import os
+import re
+import struct
+import termios
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+import run_folder
+import run_log
 from fsdp_utils import start_ranks
-from run_folder import add_up, check_first_margin, describe_run, diagnostics, log_row, read_items, report_skipped
-from run_folder import summarise
+from run_folder import check_first_margin, describe_run, read_items, report_skipped
+from run_log import Log, add_up, diagnostics, summarise
 
 
 @pytest.fixture
@@ -127,15 +135,114 @@ def test_pairs_that_ranks_share_are_counted_once(ranks):
     assert row["bad_samples"] == 1 and row["sources"] == {"a": 2, "b": 1}
 
 
-def test_a_row_is_written_with_seven_digits_and_shown_with_its_verdicts(tmp_path, capsys):
-    path = tmp_path / "log.jsonl"
-    row = {"step": 7, "loss": 0.123456789, "nested": {"list": [1.23456789e-5, None]}, "unshown": 2}
-    log_row(path, row, ["the loss is fine"])
-    log_row(path, row, show=False)
-    log_row(path, row, shown=("unshown",))
-    written = {"step": 7, "loss": 0.1234568, "nested": {"list": [1.234568e-5, None]}, "unshown": 2}
-    assert [json.loads(line) for line in path.read_text().splitlines()] == [written] * 3
-    assert capsys.readouterr().out == "step     7  loss 0.1235\nthe loss is fine\nstep     7  unshown 2\n"
+# ------------------------------------------------------------------------------------------------------------------
+# where a row goes
+
+def open_log(out, start=0, steps=20, rank=0, **options):
+    """The Log of a run with a line every five steps."""
+    out.mkdir(exist_ok=True)
+    args = SimpleNamespace(out=out, steps=steps, log_every=5, tracker="none", resume="", defaults={})
+    return Log(args, start, SimpleNamespace(rank=rank, world=2), **options)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that the test sets: clock.now, in seconds."""
+    clock = SimpleNamespace(now=100.0)
+    monkeypatch.setattr(run_log.time, "monotonic", lambda: clock.now)
+    yield clock
+    run_folder.AT_END.pop_all()
+
+
+def test_a_row_is_written_with_seven_digits_and_every_fifth_and_the_last_shown_with_the_time_left(
+        tmp_path, capsys, clock):
+    log = open_log(tmp_path / "out", start=9)
+    row = {"loss": 0.123456789, "nested": {"list": [1.23456789e-5, None]}, "unshown": 2, "seconds": 12.5}
+    for step in range(9, 20):
+        log.add({"step": step, **row}, ["the loss is fine"] if step == 11 else [])
+        clock.now += 100
+    written = {"loss": 0.1234568, "nested": {"list": [1.234568e-5, None]}, "unshown": 2, "seconds": 12.5}
+    rows = [json.loads(line) for line in (tmp_path / "out" / "log.jsonl").read_text().splitlines()]
+    assert rows == [{"step": step, **written} for step in range(9, 20)]
+    # 100 seconds a step, whatever a row says that knows nothing of what is between steps
+    assert capsys.readouterr().out == ("step    10  loss 0.1235  seconds 12.5  15:00 left\nthe loss is fine\n"
+                                       "step    15  loss 0.1235  seconds 12.5  6:40 left\n"
+                                       "step    19  loss 0.1235  seconds 12.5  0:00 left\n")
+    log = open_log(tmp_path / "out", steps=1, shown=("unshown",))
+    log.add({"step": 0, **row})
+    assert capsys.readouterr().out == "step     0  unshown 2  0:00 left\n"
+
+
+def test_other_ranks_write_and_show_nothing(tmp_path, capsys):
+    log = open_log(tmp_path / "out", rank=1)
+    log.add({"step": 0, "loss": 1.0, "seconds": 1.0}, ["a verdict"])
+    log.picture(tmp_path / "no.png")
+    assert log.rows == [] and not list((tmp_path / "out").iterdir()) and not capsys.readouterr().out
+
+
+def test_a_resumed_log_knows_the_rows_before_it(tmp_path, clock):
+    log = open_log(tmp_path / "out")
+    for step in range(4):
+        log.add({"step": step, "loss": 1.0, "seconds": 1.0})
+    assert [row["step"] for row in open_log(tmp_path / "out", start=2).rows] == [0, 1]
+
+
+def test_the_time_left_is_the_first_rows_pace_and_then_the_mean_pace_after_it(clock):
+    left = run_log.Clock(steps=12)
+    assert left.time_left({"step": 1, "seconds": 30.0}) == "5:00 left"         # ten steps of 30 seconds
+    clock.now += 10
+    assert left.time_left({"step": 2, "seconds": 3.0}) == "1:30 left"          # nine of 10: a checkpoint was written
+    clock.now += 2
+    assert left.time_left({"step": 3, "seconds": 2.0}) == "0:48 left"          # eight of (10 + 2) / 2
+    assert left.time_left({"step": 11, "seconds": 2.0}) == "0:00 left"
+    assert [run_log.duration(seconds) for seconds in (0, 59.6, 151, 7384, 360000)] == [
+        "0:00", "1:00", "2:31", "2:03:04", "100:00:00"]
+
+
+def test_on_a_terminal_there_is_a_bar_below_all_that_is_printed_and_it_leaves_the_terminal_as_it_was(
+        tmp_path, monkeypatch, clock):
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))            # rows, columns
+    with open(theirs, "w") as terminal:
+        monkeypatch.setattr(run_log.sys, "stdout", terminal)
+        log = open_log(tmp_path / "out", start=9, steps=12)
+        row = {"loss": 0.5, "accuracy": 0.75, "margin": 0.25, "err_win": 7.0, "seconds": 12.5}
+        for step in range(9, 12):
+            clock.now += 100
+            log.add({"step": step, **row}, [f"a verdict on step {step}"])
+            print("from elsewhere")
+        assert run_log.sys.stdout is terminal
+        terminal.flush()
+        shown = os.read(ours, 2 ** 16).decode()
+    os.close(ours)
+    # a bar is drawn anew, from the start of its line, after each row and below each line that is printed
+    bars = [text for text in re.split(r"[\r\n]+", shown) if "/12" in text]
+    assert "83%" in bars[1] and "10/12, loss 0.5  accuracy 0.75  margin 0.25  seconds 12.5  0:25 left" in bars[1]
+    assert "100%" in bars[-1] and "12/12" in bars[-1] and "0:00 left" in bars[-1] and "err_win" not in shown
+    lines = [text.strip() for text in re.split(r"[\r\n]+", shown) if "/12" not in text and text.strip()]
+    assert lines == ["a verdict on step 9", "from elsewhere", "a verdict on step 10", "from elsewhere",
+                     "a verdict on step 11", "from elsewhere"]
+    assert len((tmp_path / "out" / "log.jsonl").read_text().splitlines()) == 3
+
+
+def test_a_run_that_fails_takes_its_bar_down_first(tmp_path, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    terminal = Terminal()
+    monkeypatch.setattr(run_log.sys, "stdout", terminal)
+
+    @run_folder.closes_at_end
+    def main():
+        log = open_log(tmp_path / "out")
+        log.add({"step": 0, "loss": 0.5, "seconds": 1.0})
+        assert run_log.sys.stdout is not terminal
+        raise ValueError("a fault")
+
+    with pytest.raises(ValueError, match="a fault"):
+        main()
+    assert run_log.sys.stdout is terminal and terminal.getvalue().endswith("\n")
 
 
 # ------------------------------------------------------------------------------------------------------------------

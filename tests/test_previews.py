@@ -10,6 +10,7 @@ from weights import load_wan
 from sample import Sampler, generate
 from samples import seed_of
 from evaluate import Preview
+from pictures import contact_sheet, false_colours
 
 
 def panes(folder):
@@ -34,6 +35,16 @@ def test_previews_show_real_before_and_now_with_the_same_noise_on_any_number_of_
     first = read_sample(tmp_path / "out" / "samples" / "after" / "000.safetensors")
     assert first["metadata"]["source"] == "real | before | after"
     assert first["metadata"]["prompt"] == samples[0]["metadata"]["prompt"]
+    # pictures, in false colours, and a page of the last
+    folder = tmp_path / "out" / "samples"
+    for name, latents in (("step_000002", step), ("after", after)):
+        clips = [false_colours(latents[:, i], step[:, 0]) for i in range(3)]
+        clips = [clip[i] for i in range(4) for clip in clips]
+        assert (folder / f"{name}.png").read_bytes() == contact_sheet(clips, group=3)
+    page = (folder / "after.html").read_text()
+    for text in ("out: previews", *(f"<h2>{sample['metadata']['prompt']}</h2>" for sample in samples),
+                 "<th>real</th>", "<th>before</th>", "<th>after</th>", "--decode"):
+        assert text in page
 
 
 def test_previews_are_spread_over_the_data_and_of_one_shape(tmp_path):

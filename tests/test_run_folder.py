@@ -34,7 +34,8 @@ import train_spo
 from data import open_data, order
 from samples import read_sample
 from fsdp_utils import start_ranks
-from run_folder import append_row, check_folder, find_checkpoint, load_checkpoint, save_checkpoint
+from run_folder import check_folder, find_checkpoint, load_checkpoint, save_checkpoint
+from run_log import append_row
 from step_folder import stored_weights
 from conftest import FORKS, ROOT, die_at, finish, four_steps, in_rank, on_ranks, start, train_main
 
@@ -243,7 +244,7 @@ def lock_fails(out):
     """What each rank is told that asks for the lock, and whether a main that raises gives its own lock back."""
     ranks = start_ranks()
 
-    @run_folder.releases_locks
+    @run_folder.closes_at_end
     def main():
         run_folder.lock_folder(out, ranks)
         raise RuntimeError("a fault of main's own")

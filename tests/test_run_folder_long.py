@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import run_folder
+import run_log
 from data import open_data
 from samples import read_sample, sample_files, write_sample
 from fsdp_utils import start_ranks
@@ -129,7 +129,7 @@ def test_a_reference_cache_killed_at_random_moments_is_that_of_an_undisturbed_ru
 
 def health(flags, looks):
     """train.main; what the process holds after each of the steps `looks`: {name: [number at each look]}."""
-    append, found = run_folder.append_row, {"MiB": [], "objects": [], "tensors": [], "files": [], "threads": []}
+    append, found = run_log.append_row, {"MiB": [], "objects": [], "tensors": [], "files": [], "threads": []}
 
     def look(path, row):
         append(path, row)
@@ -147,7 +147,7 @@ def health(flags, looks):
                 ("threads", int(re.search(r"Threads:\s+(\d+)", status)[1])),
             ):
                 found[name].append(value)
-    run_folder.append_row = look
+    run_log.append_row = look
     train_main(flags)
     (Path(flags[flags.index("--out") + 1]) / "found.json").write_text(json.dumps(found))
 
