@@ -273,6 +273,7 @@ def test_every_flag_a_page_mentions_belongs_to_some_script_of_ours(page):
     flags = {flag for script in scripts for flag in parser_of(script)._option_string_actions}
     flags |= {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--max_restarts"}    # torchrun's
     flags |= {"--videos_path", "--dimension"}                                                           # VBench's
+    flags |= {"--logdir"}                                                                               # TensorBoard's
     for piece in pieces_of_code(page):
         unknown = set(re.findall(r"(?<![\w-])--[a-z]\w*(?![\w-])", piece)) - flags      # ours have no hyphen inside
         assert not unknown, f"{page} mentions {' '.join(sorted(unknown))}, which no script of ours has"

@@ -4,6 +4,7 @@ import io
 import json
 import os
 import re
+import select
 import struct
 import termios
 from pathlib import Path
@@ -213,7 +214,10 @@ def test_on_a_terminal_there_is_a_bar_below_all_that_is_printed_and_it_leaves_th
             print("from elsewhere")
         assert run_log.sys.stdout is terminal
         terminal.flush()
-        shown = os.read(ours, 2 ** 16).decode()
+        shown = b""
+        while shown.count(b"from elsewhere") < 3 and select.select([ours], [], [], 10)[0]:
+            shown += os.read(ours, 2 ** 16)                # a terminal gives what it has so far
+    shown = shown.decode()
     os.close(ours)
     # a bar is drawn anew, from the start of its line, after each row and below each line that is printed
     bars = [text for text in re.split(r"[\r\n]+", shown) if "/12" in text]
