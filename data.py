@@ -8,19 +8,26 @@ Where train.py --data looks for samples (samples.py):
     or DIR/*.safetensors             samples only, for a loss without pairs
 Names that start with a dot, such as unfinished files, are ignored.
 
+Scores of any scorer become such a .jsonl of pairs, {"sample": "a/1.safetensors", "score": 0.7} a line:
+    python data.py --scores scores.jsonl --out pairs.jsonl --margin 0.2
+
 A dataset is anything with a length, items, `sources` (names of the places that losers come from) and `fingerprint()`
 (text that changes with its contents). train.main takes such an object in place of --data.
 """
+import argparse
 import hashlib
 import json
 import math
+import sys
 from functools import lru_cache
 from pathlib import Path
 from statistics import NormalDist
+from typing import NamedTuple
 
 import torch
 
-from samples import fingerprint, read_again, read_empty_caption, read_summaries, sample_files
+from samples import fingerprint, read_again, read_empty_caption, read_header, read_sample, read_summaries
+from samples import sample_files, summarise_sample, write_whole
 
 # ------------------------------------------------------------------------------------------------------------------
 # datasets
@@ -80,7 +87,8 @@ class PairSet:
                 self.bad[index] = bad.get(win) or bad[lose]
                 continue
             check_pair(win, lose, summaries[win], summaries[lose])
-            check_contents(win, lose, summaries[lose].real, fingerprints)
+            if summaries[win].real is None:                # of two generated ones neither is the real sample
+                check_contents(win, lose, summaries[lose].real, fingerprints)
             self.wins[win], self.losers[lose] = summaries[win], summaries[lose]
         self.sources = sorted({path.parent.name for path in self.losers})
         self.reported = set()
@@ -372,3 +380,128 @@ def branch(batch, *names):
     inputs = {name: torch.cat([value] * len(names)) for name, value in shared.items()}
     inputs["latents"] = torch.cat([batch[name] for name in names])
     return inputs
+
+
+# ------------------------------------------------------------------------------------------------------------------
+# pairs from scores
+
+class Scored(NamedTuple):
+    where: str         # file:line
+    path: Path
+    score: float
+    prompt: str
+    conditions: str    # a digest, "" for none: samples of two pictures are not compared
+    shape: tuple       # of the latents
+
+
+def conditions_digest(path, summary):
+    """Names the conditions that a sample was made under, such as its first frame; "" where it has none."""
+    names = [name for name in summary.shapes if name not in ("latents", "context")]
+    if not names:
+        return ""
+    sample, digest = read_sample(path), hashlib.sha256()
+    for name in names:
+        digest.update(name.encode() + sample[name].contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def read_scores(path):
+    """
+    A list of Scored from {"sample": file, "score": number} a line, higher is better; files relative to the folder of
+    the .jsonl and inside it. ValueError, with file and line, for anything else.
+    """
+    if not Path(path).is_file():
+        raise ValueError(f"--scores {path}: no such file; expected a .jsonl with sample and score a line")
+    scored, lines = [], {}    # lines {real path: where}
+    for where, row in read_jsonl(path):
+        if row.keys() != {"sample", "score"}:
+            raise ValueError(f"{where}: the keys are {', '.join(sorted(row)) or 'none'}; expected sample and score")
+        name, score = row["sample"], row["score"]
+        if not isinstance(name, str):
+            raise ValueError(f"{where}: `sample` is {name!r:.80}, expected the name of a sample file")
+        is_number = isinstance(score, (int, float)) and not isinstance(score, bool)
+        if not is_number or not abs(score) <= sys.float_info.max:              # false for NaN as well
+            raise ValueError(f"{where}: `score` is {score!r:.80}, expected a finite number")
+        file = file_inside(Path(path).parent, name, where)
+        earlier = lines.setdefault(file.resolve(), where)
+        if earlier != where:
+            raise ValueError(f"{where}: {name} has a score in {earlier} already; expected one of each sample")
+        try:
+            summary = summarise_sample(read_header(file))
+            conditions = conditions_digest(file, summary)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+        if summary.prompt is None:
+            raise ValueError(f"{where}: {file} has no prompt in its header, and pairs are of samples of one prompt; "
+                             "make it with encode.py or sample.py")
+        scored.append(Scored(where, file, float(score), summary.prompt, conditions, summary.shapes["latents"]))
+    if not scored:
+        raise ValueError(f"{path}: no rows; expected sample and score a line")
+    return scored
+
+
+def pairs_from_scores(scored, margin, all_pairs=False):
+    """
+    [(win, lose)], two Scored each, of one prompt and condition, whose scores differ by more than margin, so never a
+    tie. Of every prompt the best and the worst or, with all_pairs, all such pairs. Returns them and the number of
+    prompts, and how many of these have one sample only.
+    """
+    groups = {}
+    for row in scored:
+        group = groups.setdefault((row.prompt, row.conditions), [])
+        if group and group[0].shape != row.shape:
+            raise ValueError(f"{row.where}: latents of {row.path} are {row.shape}, but {group[0].shape} in "
+                             f"{group[0].path}, of the same prompt; score samples of one size")
+        group.append(row)
+    pairs = []
+    for group in groups.values():
+        ranked = sorted(group, key=lambda row: -row.score)
+        candidates = [(ranked[0], ranked[-1])]
+        if all_pairs:
+            candidates = [(win, lose) for i, win in enumerate(ranked) for lose in ranked[i + 1:]]
+        pairs += [(win, lose) for win, lose in candidates if win.score - lose.score > margin]
+    return pairs, len(groups), sum(len(group) == 1 for group in groups.values())
+
+
+def write_pairs(path, pairs):
+    """Write pairs of Scored as the .jsonl that --data takes; all samples must be inside the folder of the .jsonl."""
+    folder, lines = Path(path).parent.resolve(), []
+    for pair in pairs:
+        names = []
+        for row in pair:
+            if not row.path.resolve().is_relative_to(folder):
+                raise ValueError(f"--out {path}: {row.path} is not in the folder {folder}, and a .jsonl of pairs names "
+                                 "files of its own folder; choose an --out next to or above the samples")
+            names.append(row.path.resolve().relative_to(folder).as_posix())
+        lines.append(json.dumps({"win": names[0], "lose": names[1], "prompt": pair[0].prompt}))
+    write_whole(path, "".join(f"{line}\n" for line in lines).encode())
+
+
+def main(argv):
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument("--scores", required=True, help="a .jsonl: a sample and its score, higher is better, a line")
+    parser.add_argument("--out", required=True, help="the .jsonl of pairs to write, for --data")
+    parser.add_argument("--margin", type=float, default=0.0, help="keep pairs whose scores differ by more than this")
+    parser.add_argument("--all", action="store_true", help="all such pairs of a prompt, not only its best and worst")
+    args = parser.parse_args(argv)
+    if not 0 <= args.margin < math.inf:
+        raise ValueError(f"--margin {args.margin}: expected a number of 0 or more")
+    if Path(args.out).suffix != ".jsonl" or Path(args.out).exists():
+        raise ValueError(f"--out {args.out}: expected the name of a new file that ends in .jsonl")
+    scored = read_scores(args.scores)
+    pairs, prompts, alone = pairs_from_scores(scored, args.margin, args.all)
+    if not pairs:
+        raise ValueError(f"--scores {args.scores}: no two of {len(scored)} samples have one prompt and scores that "
+                         f"differ by more than --margin {args.margin:g} ({alone} of {prompts} prompts have one sample)")
+    write_pairs(args.out, pairs)
+    used = len({(win.prompt, win.conditions) for win, _ in pairs})
+    print(f"{len(scored)} samples of {prompts} prompts: {len(pairs)} pairs in {args.out}, of {used} prompts; left out: "
+          f"{alone} prompts with one sample, {prompts - alone - used} whose scores differ by {args.margin:g} or less")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        sys.exit(f"data.py: {error}")
