@@ -14,7 +14,6 @@ import ast
 import hashlib
 import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -314,25 +313,28 @@ class Finder(ast.NodeVisitor):
                 self.visit(keyword.value)
 
 
-def places_of(file):
-    """Every (file, begin, end, new text) at which a file can be changed, in bytes."""
+def mutants_of(file):
+    """Every mutant of a file, in the order of its lines; some are not Python, or change nothing."""
     source = (ROOT / file).read_text()
     finder = Finder(source, ONLY.get(file, ()))
     finder.visit(ast.parse(source))
-    return [(file, *place) for place in sorted(finder.found)]
+    for begin, end, new in sorted(finder.found):
+        yield make_mutant(file, source, len(finder.data[:begin].decode()), len(finder.data[:end].decode()), new)
 
 
 def drawn(count, seed, files):
-    """{key: mutant} of `count` mutants, from each file in proportion to how many places it has."""
-    places = [place for file in files for place in places_of(file)]
-    random.Random(seed).shuffle(places)
+    """
+    {key: mutant} of `count` mutants, from each file in proportion to how many it has. Their order is that of a hash, so
+    that an edit of the code changes the draw by the mutants of the edited lines only.
+    """
+    def place(mutant):
+        return hashlib.sha256(f"{seed} {mutant.key}".encode()).hexdigest()
+
     mutants = {}
-    for file, begin, end, new in places:
+    for mutant in sorted((mutant for file in files for mutant in mutants_of(file)), key=place):
         if len(mutants) == count:
             break
-        source = (ROOT / file).read_text()
-        data = source.encode()
-        mutant = make_mutant(file, source, len(data[:begin].decode()), len(data[:end].decode()), new)
+        source = (ROOT / mutant.file).read_text()
         try:
             is_change = ast.dump(ast.parse(mutant.source)) != ast.dump(ast.parse(source))
         except SyntaxError:
