@@ -7,7 +7,8 @@ are made of, each tried in a copy of the checkout on the tests that cover its fi
     python experiments/mutants.py --again                    # try the survivors again, after better tests
 
 Results are rows of out/mutants.jsonl; what is there is not tried again. A mutant is killed when a test fails, when the
-tests do not end in time, and when they cannot begin.
+tests do not end in time, and when they cannot begin. On a busy machine ranks wait for each other longer than tests
+allow: a mutant killed by a test that has nothing to do with it is to be tried again on a quiet one.
 """
 import argparse
 import ast
@@ -30,9 +31,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # the tests that cover a file, in an order in which most mutants die early
 TESTS = {
-    "train.py": "flags extensions plain_loops evaluate train run_folder half_precision train_wan preference previews "
+    "train.py": "flags plain_loops extensions evaluate train run_folder half_precision train_wan preference previews "
                 "parallel",
-    "train_spo.py": "flags spo plain_loops half_precision run_folder",
+    "train_spo.py": "flags plain_loops spo half_precision run_folder lora",
     "evaluate.py": "evaluate previews spo",
     "run_folder.py": "flags log extensions plain_loops run_folder train evaluate",
     "run_log.py": "log tracker extensions plain_loops run_folder train evaluate",

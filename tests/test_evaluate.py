@@ -249,6 +249,7 @@ def test_a_loss_without_pairs_needs_real_clips_only_and_what_is_there_is_not_mad
     args, config = toy_args("--loss", "sft", "--init", str(base)), open_wan(base)[0]
     dataset = evaluate.open_dataset(args, config, ranks, pairs=False)
     assert len(dataset) == 3 and "lose" not in dataset[0] and evaluate.is_toy_data(dataset)
+    assert evaluate.is_toy_data([dataset[0]])
     assert [path.name for path in (tmp_path / "data").iterdir()] == ["toy_3"]
     files = sample_files(tmp_path / "data" / "toy_3" / "real")
     times = [file.stat().st_mtime_ns for file in files]

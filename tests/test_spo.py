@@ -7,6 +7,8 @@ import json
 import math
 import os
 import shutil
+from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -502,7 +504,37 @@ def test_the_log_of_a_run_says_what_pools_pairs_and_ratios_did(one_rank):
     expected = {"lr", "seconds", "seconds_rollout", "seconds_score", "memory_gib", "clipped", "reward_win",
                 "reward_lose", "logit"}
     assert expected <= first.keys()
-    assert first["seconds_score"] < first["seconds_rollout"] < first["seconds"]
+    assert 0 < first["seconds_score"] < first["seconds_rollout"] < first["seconds"]
+
+
+def test_captions_without_a_pair_cost_one_row_of_weight_0(monkeypatch):
+    weight, seen, sums = torch.ones(1, requires_grad=True), [], Counter()
+
+    def loss_of(args, policy, ref, transition, batch, rows):
+        seen.append(rows.tolist())
+        loss = weight.expand(len(rows))
+        return loss, {"margin": loss.detach(), "accuracy": loss.detach()}
+
+    monkeypatch.setattr(train_spo, "transition_loss", loss_of)
+    rolled = []
+    for kept in ([False, False], [True, True]):
+        rolled.append(({"names": ["a", "b"]}, [None, SimpleNamespace(kept=torch.tensor(kept))]))
+    samples = train_spo.step_backward(None, None, None, rolled, 1, 0.5, sums)
+    assert seen == [[0], [0, 1]] and samples == [("a", 1.0), ("b", 1.0)]
+    assert sums["pairs"] == sums["loss"] == sums["margin/1"] == 2 and weight.grad.item() == 0.5 * 2
+
+
+def test_with_ref_offload_the_reference_and_the_preference_model_wait_on_the_cpu(spo_world, tmp_path, monkeypatch):
+    build, offloaded = train_spo.build_model, []
+
+    def note(path, *arguments, offload, **options):
+        offloaded.append((Path(path).name, offload))
+        return build(path, *arguments, offload=offload, **options)
+
+    monkeypatch.setattr(train_spo, "build_model", note)
+    spo_main(spo_argv(spo_world, tmp_path / "out", "--ref offload --steps 1"))
+    policy_ref_average = [("base", False), ("base", True), ("base", False)]
+    assert offloaded == [*policy_ref_average, ("scorer", True)]
 
 
 CUTS = [
