@@ -203,19 +203,21 @@ class Watch:
     The rules, applied row by row while a run is under way; watch(row) returns the verdicts that are new.
 
     rows: those that the log holds already (after a resume), with the verdicts in them, which are not given again.
+    Each of two experts is judged by its own rows.
     """
 
     def __init__(self, rows=()):
-        self.first = []          # rows of the first WINDOW steps, and the one with the first probe
+        self.first = []          # rows of the first WINDOW steps (of each expert), and the one with the first probe
         self.recent = deque()    # rows of the last 2 * WINDOW steps
-        self.given = set()       # names of the rules whose verdict has been given
+        self.given = set()       # (expert, name of a rule) whose verdict has been given
         for row in rows:
             self.add(row)
-            self.given |= row.get("verdicts", {}).keys()
+            self.given |= {(row.get("expert"), name) for name in row.get("verdicts", ())}
 
     def add(self, row):
-        has_first_probe = "probe" in row and not any("probe" in earlier for earlier in self.first)
-        if not self.first or row["step"] < self.first[0]["step"] + WINDOW or has_first_probe:
+        first = [earlier for earlier in self.first if earlier.get("expert") == row.get("expert")]
+        has_first_probe = "probe" in row and not any("probe" in earlier for earlier in first)
+        if not first or row["step"] < first[0]["step"] + WINDOW or has_first_probe:
             self.first.append(row)
         else:
             self.recent.append(row)
@@ -225,16 +227,18 @@ class Watch:
     def __call__(self, row):
         """One more row. Writes new verdicts into it, {rule: text}, and returns them as lines to print."""
         self.add(row)
-        rows = [*self.first, *self.recent]
+        expert = row.get("expert")                         # of a run with two; else None
+        rows = [earlier for earlier in [*self.first, *self.recent] if earlier.get("expert") == expert]
         verdicts = {}
         for rule in RULES:
-            text = "" if rule.__name__ in self.given else rule(rows)
+            text = "" if (expert, rule.__name__) in self.given else rule(rows)
             if text:
                 verdicts[rule.__name__] = text
-        self.given |= verdicts.keys()
+        self.given |= {(expert, name) for name in verdicts}
         if verdicts:
             row["verdicts"] = verdicts
-        return [f"step {row['step']:>5}  {title(name).upper()}: {text}" for name, text in verdicts.items()]
+        where = f"step {row['step']:>5}  {title(expert) + ': ' if expert else ''}"
+        return [f"{where}{title(name).upper()}: {text}" for name, text in verdicts.items()]
 
 
 def title(rule):
@@ -347,6 +351,16 @@ def name_logs(paths):
     return names if len(set(names)) == len(names) else list(paths)
 
 
+def split_experts(logs):
+    """Logs {title: rows}, of which a run of two experts becomes two: their errors differ in size."""
+    split = {}
+    for label, rows in logs.items():
+        for row in rows:
+            name = f"{label}, {title(row['expert'])}" if "expert" in row else label
+            split.setdefault(name, []).append(row)
+    return split
+
+
 def main(argv):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
@@ -365,7 +379,7 @@ def main(argv):
         print("\n".join(lines or ["no rule fired"]))
     if not args.no_plot:
         out = args.out or Path(args.logs[0]).with_suffix(".png")
-        plot(dict(zip(name_logs(logs), logs.values())), out)
+        plot(split_experts(dict(zip(name_logs(logs), logs.values()))), out)
         print(f"picture in {out}")
 
 

@@ -11,20 +11,22 @@ from safetensors import safe_open
 
 from lora_files import DIALECTS, Adapter, check_adapters, merge_into, open_lora, save_lora
 from samples import weights_digest
-from step_folder import stored_config, stored_weights
-from weights import FORMATS, TORCH_DTYPES, locate_weights, open_wan, read_json, save_wan
+from step_folder import read_meta, step_folder_of, stored_config, stored_weights
+from weights import EXPERT_LORAS, EXPERTS, FORMATS, TORCH_DTYPES
+from weights import expert_of, locate_weights, open_wan, read_json, save_wan, two_experts
 
 # ----------------------------------------------------------------------------------------------------------------------
 # sources
 
 def is_step_folder(source):
+    """Return whether a path is a step folder of a run, or one of the two experts in one."""
     return (source / "meta.json").exists() or (source / ".metadata").exists()
 
 
 def holds_adapters(source):
     """Return whether a path is a step folder of a run that trained adapters, or a file of adapters of any kind."""
-    if (source / "meta.json").exists():
-        return bool(read_json(source / "meta.json").get("lora_rank"))
+    if (step_folder_of(source) / "meta.json").exists():
+        return bool(read_meta(source).get("lora_rank"))
     if source.suffix != ".safetensors" or not source.is_file():
         return False
     with safe_open(source, "pt") as file:
@@ -35,7 +37,7 @@ def open_adapters(source, which="auto"):
     """Return {layer: Adapter} of a step folder (which: see step_folder.stored_weights) or a LoRA file."""
     if source.is_file():
         return open_lora(source)
-    alpha = read_json(source / "meta.json")["lora_alpha"]
+    alpha = read_meta(source)["lora_alpha"]
     tensors, read = stored_weights(source, which)
     layers = sorted(name.removesuffix(".lora_A.weight") for name in tensors if name.endswith(".lora_A.weight"))
     return {layer: Adapter(read(f"{layer}.lora_A.weight"), read(f"{layer}.lora_B.weight"), alpha) for layer in layers}
@@ -66,13 +68,18 @@ def find_base(source):
     source = source.absolute()
     try:
         if source.is_dir():
-            run, digest = source.parent, read_json(source / "meta.json")["init"]
+            run, digest = step_folder_of(source).parent, read_meta(source)["init"]
         else:
             run, digest = source.parents[1], (safe_open(source, "pt").metadata() or {})["base"]
         path = locate_weights(read_json(run / "config.json")["init"])
     except (OSError, KeyError, ValueError):
         return ""
-    return path if weights_digest(path) == digest else ""
+    if weights_digest(path) != digest:
+        return ""
+    if two_experts(path):
+        high, low = two_experts(path)
+        path = {"high": str(high), "low": str(low)}.get(expert_of(source), "")
+    return path
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -119,9 +126,12 @@ def export_weights(source, path, format="original", dtype=torch.float32, which="
     Write the weights in a step folder or a public checkpoint as public weights at `path`, one tensor at a time. Where
     that rounds them, print the share of the training that survives. Adapters are written merged into the weights that
     they were trained on or, in a format of lora_files.DIALECTS, alone. base: the weights that training started from
-    ("": those of the run's --init).
+    ("": those of the run's --init). Of two experts, in a step folder or a public one, both are written.
     """
     source, path = Path(source), Path(path)
+    if two_experts(source):
+        export_two(source, path, format, dtype, which, base)
+        return
     if format in DIALECTS:
         export_adapters(source, path, format, dtype, which)
         return
@@ -152,18 +162,37 @@ def export_weights(source, path, format="original", dtype=torch.float32, which="
         report_share(base, sums, dtype)
 
 
+def export_two(source, path, format, dtype, which, base):
+    """Write both experts of a folder to two folders at `path`, under the names that public folders have."""
+    if format not in ("original", "diffusers"):
+        high, low = two_experts(source)
+        raise ValueError(f"{source} holds two experts, and --format {format} is a file for one; give {high} or {low}")
+    bases = two_experts(base) if base else ("", "")
+    if not bases:
+        raise ValueError(f"--base {base} is one model, and {source} holds two experts; give the folder with both")
+    names = EXPERTS[1] if format == "diffusers" else EXPERTS[0]
+    for expert, name, base_of_expert in zip(two_experts(source), names, bases):
+        export_weights(expert, path / name, format, dtype, which, base_of_expert)
+
+
 def export_adapters(source, path, dialect, dtype=torch.float32, which="auto"):
     """Write the adapters in a step folder or a LoRA file to a file of this dialect."""
     if not holds_adapters(source):
         raise ValueError(f"--format {dialect}: {source} has no adapters; expected one of {', '.join(FORMATS)}")
-    header = {"base": read_json(source / "meta.json")["init"]} if is_step_folder(source) else {}
+    header = {"base": read_meta(source)["init"]} if is_step_folder(source) else {}
     save_lora(path, open_adapters(source, which), dialect, dtype, header)
     print(f"adapters in {path}")
 
 
 def export_run(checkpoint, folder):
-    """Write what the run of a step folder trained to `folder`: lora.safetensors, or whole weights, original names."""
-    if holds_adapters(checkpoint):
+    """
+    Write what the run of a step folder trained to `folder`: lora.safetensors, or whole weights, original names. Of two
+    experts both, as two files of adapters or two folders.
+    """
+    if two_experts(checkpoint) and holds_adapters(checkpoint):
+        for expert, name in zip(two_experts(checkpoint), EXPERT_LORAS):
+            export_adapters(expert, folder / name, "lora")
+    elif holds_adapters(checkpoint):
         export_adapters(checkpoint, folder / "lora.safetensors", "lora")
     else:
         export_weights(checkpoint, folder)

@@ -145,6 +145,10 @@ class Average:
     def parameters(self):
         return self.copies.values()
 
+    def to(self, device):
+        """Move the copies to another device; the model moves by itself."""
+        self.copies = {name: copy.to(device) for name, copy in self.copies.items()}
+
     @torch.no_grad()
     def exchange(self):
         trained = dict(self.model.named_parameters())

@@ -38,6 +38,8 @@ class RefErrors:
     def __init__(self, args, fixed, memory, ranks):
         self.args, self.ranks = args, ranks
         self.key = {name: fixed[name] for name in DECIDE_ERRORS} | numerical_path(args, memory, ranks)
+        # of two experts a position's own, and with it the position's sigma, depends on this; of one model it is 0
+        self.key["positions_per_turn"] = args.switch_every * args.batch_size
         self.path = errors_file(args.out, self.key)
         self.errors = open_errors(self.path, self.key, args.steps * args.batch_size)
         self.is_complete = not self.errors.isnan().any()
@@ -46,9 +48,8 @@ class RefErrors:
         """Errors (2, B) at a range of positions."""
         return self.errors[positions.start:positions.stop].T.to(self.ranks.device)
 
-    def fill(self, errors_at, start):
-        """Score what is missing from step `start` on. errors_at(range of positions) -> (2, B). All ranks call it."""
-        steps = range(start, self.args.steps)
+    def fill(self, errors_at, steps):
+        """Score what is missing of these steps. errors_at(range of positions) -> (2, B). All ranks call it."""
         score_reference(self.path, self.key, self.errors, steps, self.args.batch_size, errors_at,
                         lambda step: positions_of(self.args, self.ranks, step), self.ranks)
 

@@ -346,9 +346,10 @@ def state_of(policy, optimizer, ema):
     return state
 
 
-def save_checkpoint(out, step, policy, optimizer, ema, meta, keep):
+def save_checkpoint(out, step, states, meta, keep):
     """
     Write out/step_000500 (every rank its shards) and then name it in out/latest. All ranks call it. Returns the folder.
+    states: {"": (policy, optimizer, ema)}, or one such triple for each of several folders in the step folder.
 
     A folder gets its name when it is whole, and `latest` changes by an atomic replace after that: a run killed at any
     moment leaves a checkpoint to resume from. meta: what must be equal on resume, as JSON. keep: this many checkpoints
@@ -362,9 +363,9 @@ def save_checkpoint(out, step, policy, optimizer, ema, meta, keep):
     if is_first_rank:
         remove_leftovers(out)
     dist.barrier()
-    state = state_of(policy, optimizer, ema)
     try:
-        dcp.save(state, checkpoint_id=temporary)
+        for folder, state in states.items():
+            dcp.save(state_of(*state), checkpoint_id=temporary / folder)
         if is_first_rank:
             write_whole(temporary / "meta.json", json.dumps(meta | {"step": step}, indent=1).encode())
             # a run that was resumed from before this step passes it again
@@ -427,10 +428,10 @@ def check_same_run(folder, settings):
                              f"{value}; resume with the same flags, or {export}")
 
 
-def load_checkpoint(folder, policy, optimizer, ema):
+def load_checkpoint(folder, states):
     """
-    Fill policy, optimizer and ema from a checkpoint, written on any number of ranks. Returns the step it was written
-    after, and how many steps in a row were skipped before it; 0, 0 where folder is "".
+    Fill states, as save_checkpoint has them, from a checkpoint, written on any number of ranks. Returns the step it was
+    written after, and how many steps in a row were skipped before it; 0, 0 where folder is "".
     ValueError if the checkpoint is damaged, and if ranks do not see the same one.
     """
     if not folder:
@@ -441,15 +442,15 @@ def load_checkpoint(folder, policy, optimizer, ema):
     if len(set(steps_seen)) > 1:
         raise ValueError(f"--resume {folder}: the ranks see checkpoints of steps {steps_seen}; --out must be on a file "
                          "system that all nodes see alike. Name the step folder")
-    state = state_of(policy, optimizer, ema)
-    try:
-        dcp.load(state, storage_reader=Reader(folder), planner=Planner())
-    except CheckpointException as error:
-        raise ValueError(
-            f"--resume {folder}: it is damaged ({first_cause(error)}); resume from another step folder"
-        ) from error
-    set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
-                   options=state_options(policy))
-    if isinstance(ema, nn.Module):
-        set_model_state_dict(ema, state["ema"])
+    for name, (policy, optimizer, ema) in states.items():
+        state = state_of(policy, optimizer, ema)
+        try:
+            dcp.load(state, storage_reader=Reader(Path(folder) / name), planner=Planner())
+        except CheckpointException as error:
+            raise ValueError(f"--resume {folder}: it is damaged ({first_cause(error)}); resume from another step "
+                             "folder") from error
+        set_state_dict(policy, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"],
+                       options=state_options(policy))
+        if isinstance(ema, nn.Module):
+            set_model_state_dict(ema, state["ema"])
     return saved["step"], saved.get("skipped", 0)

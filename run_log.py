@@ -186,8 +186,9 @@ def duration(seconds):
 
 
 def numbers_in_words(row, names):
-    """ "loss 0.6931  accuracy 0.5": the numbers of these names that the row has."""
-    return "  ".join(f"{name} {row[name]:.4g}" for name in names if name in row)
+    """ "loss 0.6931  accuracy 0.5": the numbers of these names that the row has; of two experts first which it is."""
+    words = [f"{name} {row[name]:.4g}" for name in names if name in row]
+    return "  ".join([row["expert"], *words] if "expert" in row else words)
 
 
 def append_row(path, row):

@@ -85,13 +85,25 @@ def stored_weights(folder, which="auto"):
     return tensors, read
 
 
+def step_folder_of(folder):
+    """The step folder itself, also of a folder in it, such as high_noise_model, that holds one of two experts."""
+    folder = Path(folder).absolute()
+    is_expert = not (folder / "meta.json").exists() and (folder.parent / "meta.json").exists()
+    return folder.parent if is_expert else folder
+
+
+def read_meta(folder):
+    """What a run recorded in a step folder (see step_folder_of): {name: value}."""
+    return json.loads((step_folder_of(folder) / "meta.json").read_text(encoding="utf-8"))
+
+
 def stored_config(folder):
     """The WanConfig of the model in a step folder. ValueError if the folder is not whole, or from another version."""
-    file = Path(folder) / "meta.json"
+    file = step_folder_of(folder) / "meta.json"
     if not file.exists():
         raise ValueError(f"{folder} holds no whole checkpoint (meta.json is missing); name another step folder")
     try:
-        settings = json.loads(file.read_text(encoding="utf-8"))["config"]
+        settings = read_meta(folder)["config"]
         return WanConfig(**settings | {"patch_size": tuple(settings["patch_size"])})
     except (TypeError, KeyError, ValueError) as error:
         raise ValueError(f"{file}: its config is not that of a model here ({error}); "

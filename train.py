@@ -7,7 +7,6 @@ clip wins over the model's own clip of its caption) in the embedded world of toy
     torchrun --nproc_per_node=8 train.py --init Wan2.1-T2V-1.3B --data DIR --beta 1000 --learning_rate 1e-6
 """
 import argparse
-import gc
 import math
 import sys
 import time
@@ -27,15 +26,15 @@ import run_folder
 import run_log
 from curves import Watch
 from data import branch, collate, draw, empty_caption, order, randomness
+from experts import Experts, open_model, own_step_of, plan_adapters, side_of, timesteps_of
 from export import export_run
-from fsdp_utils import build_model, clip_gradients, ema_update, exchange_branches, make_optimizer, matrix_dtype
-from fsdp_utils import positions_of, start_ranks
+from fsdp_utils import clip_gradients, ema_update, exchange_branches, matrix_dtype, positions_of, start_ranks
 from losses import add_noise, flow_error, importance_weight, next_sigma, safeguard_coefficient, velocity_target
 from memory import add_memory_flags, check_memory_flags, memory_gib, memory_plan, reset_memory_gib
 from model import CONFIGS, hold_first_frame
 from ref_cache import RefErrors
 from samples import weights_digest
-from weights import check_timesteps, find_model, locate_weights, refuse_lone_expert
+from weights import locate_weights
 
 # ------------------------------------------------------------------------------------------------------------------
 # objectives: to add one, write its function in losses.py and its row in OBJECTIVES
@@ -157,11 +156,12 @@ def parse_args(argv):
     add("--max_timestep", type=float, default=1000.0, help="highest timestep trained on")
     # the optimizer
     add("--steps", type=int, default=300, help="optimizer steps")
+    add("--switch_every", type=int, default=0, help="steps in a row with one expert, where --init holds two; 0: 10")
     add("--batch_size", type=int, default=16, help="pairs a step, over all ranks and accumulation steps")
     add("--grad_accum", type=int, default=1, help="parts that a rank's pairs of a step are split into")
     add("--learning_rate", type=float, default=1e-4, help="for the tiny model; Wan: 1e-6 to 1e-5")
     add("--weight_decay", type=float, default=1e-3, help="AdamW's")
-    add("--warmup_steps", type=int, default=20, help="first steps, over which the learning rate rises")
+    add("--warmup_steps", type=int, default=20, help="first steps (of each expert), over which the learning rate rises")
     add("--decay_steps", type=int, default=0, help="last steps, over which the learning rate falls to 0")
     add("--max_grad_norm", type=float, default=1.0, help="clip the gradient to this norm; inf: do not clip")
     add("--loss_scale", type=float, default=0.0, help="of the gradient; 0: c_win starts at about 1")
@@ -253,7 +253,7 @@ def read_batch(args, dataset, positions, device):
     items = run_folder.read_items(dataset, indices, skip)
     # no shift for a scorer: low sigmas, where a sampler takes few steps, are the easiest to judge
     flow_shift = 1.0 if OBJECTIVES[args.loss].trains_scores else args.flow_shift
-    limits = (flow_shift, args.min_timestep, args.max_timestep, args.timestep_sampling)
+    limits = (flow_shift, *timesteps_of(args, positions[0] // args.batch_size), args.timestep_sampling)
     draws = [draw(args.seed, position, item["win"].shape, *limits) for position, item in zip(positions, items)]
     for position, item in zip(positions, items):
         if torch.rand((), generator=randomness(args.seed, position, "dropout")) < args.caption_dropout:
@@ -395,23 +395,12 @@ def backward_pair(args, policy, ref_errors, batch, scale, ranks):
 # ------------------------------------------------------------------------------------------------------------------
 # the run
 
-def open_model(args):
-    """The WanConfig of the model that --init holds, checked against the flags. args.model becomes its name."""
-    config, args.model, expert = find_model(args.init, args.model)
-    check_timesteps(args.model, expert, args.min_timestep, args.max_timestep, args.init)
-    if args.sample_every:
-        refuse_lone_expert(args.model, args.init, "--sample_every")
-    if config.num_heads % args.cp_size:
-        heads = f"the {config.num_heads} heads of --model {args.model}"
-        raise ValueError(f"--cp_size {args.cp_size} does not divide {heads}")
-    if config.scores:
-        raise ValueError(f"--init {args.init}: a preference model (scores is True, expected False), not one to sample")
-    return config
-
-
-def learning_rate(args, step):
-    """The learning rate of a step: it rises over --warmup_steps and falls to 0 over the last --decay_steps."""
-    warm = min(1.0, (step + 1) / max(1, args.warmup_steps))
+def learning_rate(args, step, own_step):
+    """
+    The learning rate of a step: it rises over --warmup_steps and falls to 0 over the last --decay_steps. own_step: the
+    number of the step among those of its expert, each of which warms up by itself; of one model the step.
+    """
+    warm = min(1.0, (own_step + 1) / max(1, args.warmup_steps))
     decay = (args.steps - step) / args.decay_steps if args.decay_steps else 1.0
     return args.learning_rate * min(warm, decay)
 
@@ -424,8 +413,8 @@ def main(args, dataset=None):
     check_args(args, ranks)
     memory = check_memory_flags(args)
     objective = OBJECTIVES[args.loss]
-    config = open_model(args)                              # a damaged file is reported before anything is made
-    adapters = lora.plan_lora(args, config)                # None: all weights are trained
+    config = open_model(args, objective.needs_ref)         # a damaged file is reported before anything is made
+    adapters = plan_adapters(args, config)
     per_rank = args.batch_size // (ranks.data_ranks * args.grad_accum)
 
     # ---------------- data
@@ -440,30 +429,20 @@ def main(args, dataset=None):
     run_folder.check_same_run(args.resume, fixed)
     cached = RefErrors(args, fixed, memory, ranks) if args.ref == "cached" else None
 
-    # ---------------- models and optimizer
+    # ---------------- models and optimizers: of one model, or of two experts, one of them at a time on the device
     trained_config = replace(config, scores=objective.trains_scores)
-
-    def build_frozen(config, offload=False):
-        return build_model(args.init, config, ranks, memory, False, offload, args.seed).eval().requires_grad_(False)
-
-    policy = build_model(args.init, trained_config, ranks, memory, True, args.offload_params, args.seed, adapters)
-    ref = lora.Reference(policy) if adapters else None
-    if not adapters and objective.needs_ref and not (cached and cached.is_complete):
-        ref = build_frozen(config, offload=args.ref == "offload")
-    ema = None
-    if args.ema_decay:
-        ema = lora.Average(policy) if adapters else build_frozen(trained_config, offload=args.offload_params)
-    averaged = policy if ema is None else ema              # what is sampled, probed and exported
-    optimizer = make_optimizer(policy, args.weight_decay, args.loss_scale)
-
-    # ---------------- what is looked at, while the policy is still the reference
-    probe = evaluate.open_probe(args, config, dataset, held_back, both_errors, policy, ranks)
     held_out = None if objective.trains_scores else evaluate.open_held_out(args, dataset, held_back)
+    shows_before = held_out is not None and args.init != "scratch"
+    needs_ref = objective.needs_ref and not (cached and cached.is_complete)
+    experts = Experts(args, config, trained_config, adapters, needs_ref or shows_before, ranks, memory)
+    averaged = experts.as_model("averaged")                # what is sampled, probed and exported
+    # while the policy is still the reference
+    probe = evaluate.open_probe(args, config, dataset, held_back, both_errors, experts.as_model("policy"), ranks)
 
     # ---------------- resume
     run_folder.lock_folder(args.out, ranks)
     checkpoint = Path(args.resume)
-    start, skipped = run_folder.load_checkpoint(args.resume, policy, optimizer, ema)
+    start, skipped = run_folder.load_checkpoint(args.resume, experts.states())
     log = run_log.Log(args, start, ranks)
     dist.barrier()
 
@@ -472,19 +451,21 @@ def main(args, dataset=None):
     branches = 2 if objective.reads_pairs else 1           # videos of an item
     at_once = per_rank * (branches if args.backward == "joint" else 1)        # videos whose graph is alive
     at_once *= not objective.trains_scores                 # a preference model's blocks are frozen
+    policy = experts.at(start).policy
     if ranks.rank == 0:
         plan = memory_plan(args, policy, tokens, at_once, objective.needs_ref, ranks)
-        print("\n".join(run_folder.describe_run(args, dataset, tokens, start, ranks, args.model, policy, plan)))
+        lines = run_folder.describe_run(args, dataset, tokens, start, ranks, args.model, policy, plan)
+        print("\n".join(lines + experts.describe()))
         if objective.reads_pairs and not args.resume:
             print(evaluate.audit_report(dataset, args.min_timestep / 1000))
-    if held_out and args.init != "scratch":
-        held_out.judge("before", build_frozen(config) if ref is None else ref, ranks, keep=True)
+    if shows_before:
+        held_out.judge("before", experts.as_model("ref"), ranks, keep=True)
     if cached:
-        def errors_at(positions):
+        def errors_at(ref, positions):
             return reference_errors(args, ref, read_batch(args, dataset, positions, ranks.device), ranks)
-        cached.fill(errors_at, start)
-        ref = None
-        gc.collect()                                       # a sharded model refers to itself and would stay for a while
+        experts.score_references(cached, errors_at, start)
+    if cached or not objective.needs_ref:
+        experts.drop_references()
 
     # ---------------- the loop
     watch = Watch(log.rows)
@@ -495,6 +476,8 @@ def main(args, dataset=None):
     for step in range(start, args.steps):
         began = time.perf_counter()
         reset_memory_gib(ranks.device)                     # of this step, without the sampling before it
+        policy, ref, ema, optimizer = experts.at(step)
+        own_step = own_step_of(args, step)                 # the steps before it of the same expert, or of the one model
         sums, margins, samples = {}, [], []
         for positions in positions_of(args, ranks, step):
             batch = read_batch(args, dataset, positions, ranks.device)
@@ -504,13 +487,13 @@ def main(args, dataset=None):
             margins += metrics["margin"].tolist() if objective.reads_pairs else []
             samples += zip(batch["names"], metrics["loss"].tolist())
         row, sums = run_log.summarise(sums | signals.asks(), margins, ranks)
-        if objective.needs_ref and step == 0:
+        if objective.needs_ref and own_step == 0:
             run_folder.check_first_margin(row["margin_abs"], margin_beta, in_bf16)
 
         # dpo_cm takes the mean over the pairs that it kept; a step that keeps none changes nothing
         kept = sums["pairs"] / max(1, sums["kept"]) if "kept" in sums else 1.0
         row["grad_norm"] = clip_gradients(policy.parameters(), args.max_grad_norm, kept)
-        row["lr"] = learning_rate(args, step)
+        row["lr"] = learning_rate(args, step, own_step)
         for group in optimizer.param_groups:
             group["lr"] = row["lr"]
         if math.isfinite(row["grad_norm"]) and math.isfinite(row["loss"]):
@@ -518,7 +501,7 @@ def main(args, dataset=None):
             if sums.get("kept", 1):
                 optimizer.step()
                 if ema is not None:
-                    ema_update(ema, policy, min(args.ema_decay, (step + 1) / (step + 10)))
+                    ema_update(ema, policy, min(args.ema_decay, (own_step + 1) / (own_step + 10)))
         else:
             skipped += 1
             run_folder.report_skipped(step, skipped, samples)
@@ -527,6 +510,8 @@ def main(args, dataset=None):
         seconds = time.perf_counter() - began
         row = {"step": step, **row, "skipped": skipped, "seconds": seconds, "memory_gib": memory_gib(ranks.device),
                "tokens_per_second": args.batch_size * branches * tokens / seconds}
+        if args.switch_every:
+            row["expert"] = side_of(args, step)
         is_last = step + 1 == args.steps
         if probe and ((step + 1) % args.probe_every == 0 or is_last):
             row["probe"] = probe(averaged, args.beta)      # after this step's update; beta times the gap for every loss
@@ -534,7 +519,7 @@ def main(args, dataset=None):
 
         if (step + 1) % args.save_every == 0 or is_last or sums["asks/save"] or sums["asks/stop"]:
             meta = fixed | {"config": asdict(trained_config), "skipped": skipped}
-            checkpoint = signals.save(args.out, step + 1, policy, optimizer, ema, meta, args.keep)
+            checkpoint = signals.save(args.out, step + 1, experts.states(), meta, args.keep)
         if sums["asks/stop"]:
             return signals.leave(checkpoint)
         if held_out and args.sample_every and (step + 1) % args.sample_every == 0 and not is_last:

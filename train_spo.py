@@ -464,7 +464,7 @@ def main(args):
     # ---------------- resume
     lock_folder(args.out, ranks)
     checkpoint = Path(args.resume)
-    start, skipped = load_checkpoint(args.resume, policy, optimizer, ema)
+    start, skipped = load_checkpoint(args.resume, {"": (policy, optimizer, ema)})
     log = Log(args, start, ranks, SHOWN)
     dist.barrier()
 
@@ -532,7 +532,7 @@ def main(args):
         is_last = step + 1 == args.steps
         if (step + 1) % args.save_every == 0 or is_last or sums["asks/save"] or sums["asks/stop"]:
             meta = fixed | {"config": asdict(config), "skipped": skipped}
-            checkpoint = signals.save(args.out, step + 1, policy, optimizer, ema, meta, args.keep)
+            checkpoint = signals.save(args.out, step + 1, {"": (policy, optimizer, ema)}, meta, args.keep)
         if sums["asks/stop"]:
             return signals.leave(checkpoint)
 

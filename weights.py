@@ -37,6 +37,7 @@ TORCH_DTYPES = {word: dtype for dtype, word in SAFETENSORS_DTYPES.items()}
 # A14B: folders of the high-noise and the low-noise expert (original, diffusers); the timestep from which high samples
 EXPERTS = (("high_noise_model", "low_noise_model"), ("transformer", "transformer_2"))
 BOUNDARIES = {"wan2.2-t2v-a14b": 875.0, "wan2.2-i2v-a14b": 900.0}
+EXPERT_LORAS = ("lora_high_noise.safetensors", "lora_low_noise.safetensors")     # what a run exports of both
 
 # ------------------------------------------------------------------------------------------------------------------
 # names
@@ -124,9 +125,9 @@ def find_weights(path):
         return dict.fromkeys(open_safetensors(path).keys(), path)
     if not path.is_dir():
         raise ValueError(f"{path}: no such file or folder")
-    for high, low in EXPERTS:
-        if (path / low).is_dir():
-            raise ValueError(f"{path} holds two experts: give {path / high} (high noise) or {path / low} (low noise)")
+    if two_experts(path):
+        high, low = two_experts(path)
+        raise ValueError(f"{path} holds two experts: give {high} (high noise) or {low} (low noise)")
     if (path / "transformer").is_dir():
         path = path / "transformer"
 
@@ -362,6 +363,14 @@ def locate_weights(path, flag="--init"):
     raise ValueError(f"{flag} {path}: no such file or folder; give a Wan checkpoint, a folder or a .safetensors file")
 
 
+def two_experts(path):
+    """The folders (high-noise, low-noise) of the two experts in the folder at path; () where it holds no two."""
+    for high, low in EXPERTS:
+        if (Path(path) / low).is_dir():
+            return Path(path) / high, Path(path) / low
+    return ()
+
+
 def expert_of(path):
     """Which expert a folder or file is by its name: "high", "low", or "" where the name does not say."""
     path = Path(path).absolute()
@@ -430,8 +439,8 @@ def find_experts(path):
     for high, low in EXPERTS:
         if name in (high, low) and (parent / low).is_dir():
             raise ValueError(f"--init {path}: one of two experts, which sample together; give {parent}")
-        if (path / low).is_dir():
-            return path / high, path / low
+    if two_experts(path):
+        return two_experts(path)
     _, preset, _ = find_model(path)
     refuse_lone_expert(preset, path)
     return path, None

@@ -239,12 +239,12 @@ def one_step(args, config, shape, ranks, live):
     on_host = args.offload_params
 
     adapters = train.lora.plan_lora(args, config)
-    policy = train.build_model(args.init, trained_config, ranks, flags, trained=True, offload=on_host, lora=adapters)
+    policy = fsdp_utils.build_model(args.init, trained_config, ranks, flags, True, on_host, lora=adapters)
     ref, ref_parameters = torch.ones(2, pairs), []
     if objective.needs_ref and args.ref == "adapter":
         ref = train.lora.Reference(policy)
     elif objective.needs_ref and args.ref != "cached":
-        ref = train.build_model(args.init, config, ranks, flags, offload=args.ref == "offload")
+        ref = fsdp_utils.build_model(args.init, config, ranks, flags, offload=args.ref == "offload")
         ref.eval().requires_grad_(False)
         ref_parameters = list(ref.parameters())
     ema, ema_parameters = None, []
@@ -252,7 +252,7 @@ def one_step(args, config, shape, ranks, live):
         ema = train.lora.Average(policy)
         ema_parameters = list(ema.parameters())
     elif args.ema_decay:
-        ema = train.build_model(args.init, trained_config, ranks, flags, offload=on_host)
+        ema = fsdp_utils.build_model(args.init, trained_config, ranks, flags, offload=on_host)
         ema.eval().requires_grad_(False)
         ema_parameters = list(ema.parameters())
 

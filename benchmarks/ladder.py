@@ -18,7 +18,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
 import bench
 import dry_run
-import train
+import fsdp_utils
 from dry_run import token_count
 from weights import public_config
 
@@ -52,7 +52,7 @@ PEER = "diffusers' blocks"
 
 def build_peer(path, config, ranks, memory=None, trained=False, offload=False, lora=None):
     """
-    Return, in place of train.build_model, diffusers' model as its users shard it, gathered in bf16: the policy
+    Return, in place of fsdp_utils.build_model, diffusers' model as its users shard it, gathered in bf16: the policy
     checkpointed block by block, the reference in bf16.
     """
     from diffusers import WanTransformer3DModel
@@ -121,7 +121,7 @@ def climb(name, ranks, guesses):
             tokens = frames * tokens_per_frame
             seconds, needed_seconds = bench.estimate(plan(frames), all_flags, config, tokens, ranks)
             return seconds / needed_seconds
-        with patch.object(train, "build_model", build_peer) if new == PEER else nullcontext():
+        with patch.object(fsdp_utils, "build_model", build_peer) if new == PEER else nullcontext():
             frames = bench.longest(load, guesses[row])
             first, longest_plan = first or frames, plan(frames)
             time_here, time_at_first = relative_time(frames), relative_time(first)

@@ -34,6 +34,7 @@ TESTS = {
     "train.py": "flags plain_loops extensions evaluate train run_folder half_precision train_wan preference previews "
                 "parallel",
     "train_spo.py": "flags plain_loops spo half_precision run_folder lora",
+    "experts.py": "experts plain_loops extensions train previews",
     "evaluate.py": "evaluate previews spo",
     "run_folder.py": "flags log extensions plain_loops run_folder train evaluate",
     "run_log.py": "log tracker extensions plain_loops run_folder train evaluate",
@@ -64,11 +65,12 @@ class Mutant(NamedTuple):
 BY_HAND = [
     # the learning rate, its schedule, clipping, what is scaled
     ("train.py", 'group["lr"] = row["lr"]', 'group["lr"] = group["lr"]'),
-    ("train.py", 'row["lr"] = learning_rate(args, step)', 'row["lr"] = learning_rate(args, step + 1)'),
-    ("train.py", "warm = min(1.0, (step + 1) / max(1, args.warmup_steps))",
-     "warm = min(1.0, step / max(1, args.warmup_steps))"),
-    ("train.py", "warm = min(1.0, (step + 1) / max(1, args.warmup_steps))",
-     "warm = min(1.0, (step + 1) / max(1, args.warmup_steps + 1))"),
+    ("train.py", 'row["lr"] = learning_rate(args, step, own_step)',
+     'row["lr"] = learning_rate(args, step + 1, own_step + 1)'),
+    ("train.py", "warm = min(1.0, (own_step + 1) / max(1, args.warmup_steps))",
+     "warm = min(1.0, own_step / max(1, args.warmup_steps))"),
+    ("train.py", "warm = min(1.0, (own_step + 1) / max(1, args.warmup_steps))",
+     "warm = min(1.0, (own_step + 1) / max(1, args.warmup_steps + 1))"),
     ("train.py", "decay = (args.steps - step) / args.decay_steps",
      "decay = (args.steps - step - 1) / args.decay_steps"),
     ("train.py", "decay = (args.steps - step) / args.decay_steps",
@@ -86,9 +88,10 @@ BY_HAND = [
     ("fsdp_utils.py", 'is_matrix = param.ndim > 1 and not name.endswith(("modulation", "emb_pos"))',
      "is_matrix = param.ndim > 1"),
     # the average
-    ("train.py", "min(args.ema_decay, (step + 1) / (step + 10))", "args.ema_decay"),
-    ("train.py", "min(args.ema_decay, (step + 1) / (step + 10))", "min(args.ema_decay, (step + 2) / (step + 10))"),
-    ("train.py", "averaged = policy if ema is None else ema", "averaged = policy"),
+    ("train.py", "min(args.ema_decay, (own_step + 1) / (own_step + 10))", "args.ema_decay"),
+    ("train.py", "min(args.ema_decay, (own_step + 1) / (own_step + 10))",
+     "min(args.ema_decay, (own_step + 2) / (own_step + 10))"),
+    ("experts.py", "return self.policy if self.ema is None else self.ema", "return self.policy"),
     # the mean over pairs
     ("train.py", 'kept = sums["pairs"] / max(1, sums["kept"]) if "kept" in sums else 1.0', "kept = 1.0"),
     ("train.py", 'if sums.get("kept", 1):', "if True:"),
@@ -102,8 +105,8 @@ BY_HAND = [
     ("train.py", "flow_shift = 1.0 if OBJECTIVES[args.loss].trains_scores else args.flow_shift",
      "flow_shift = args.flow_shift"),
     ("train.py", "flow_shift = 1.0 if OBJECTIVES[args.loss].trains_scores else args.flow_shift", "flow_shift = 1.0"),
-    ("train.py", "limits = (flow_shift, args.min_timestep, args.max_timestep, args.timestep_sampling)",
-     "limits = (flow_shift, args.min_timestep, args.max_timestep)"),
+    ("train.py", "limits = (flow_shift, *timesteps_of(args, positions[0] // args.batch_size), args.timestep_sampling)",
+     "limits = (flow_shift, *timesteps_of(args, positions[0] // args.batch_size))"),
     ("train.py", "x_sigma, timestep = add_noise(latents, noise, sigma), 1000 * sigma",
      "x_sigma, timestep = add_noise(latents, noise, sigma), 999 * sigma"),
     # the reference, and what a resume is compared with
@@ -111,8 +114,7 @@ BY_HAND = [
     ("train.py", "may_change, init=init, data=data)", "may_change, init=init)"),
     ("train.py", 'may_change = MAY_CHANGE if args.decay_steps else MAY_CHANGE | {"steps"}',
      'may_change = MAY_CHANGE | {"steps"}'),
-    ("train.py", "start, skipped = run_folder.load_checkpoint(args.resume, policy, optimizer, ema)",
-     "start, skipped = run_folder.load_checkpoint(args.resume, policy, optimizer, None)"),
+    ("experts.py", "(expert.policy, expert.optimizer, expert.ema)", "(expert.policy, expert.optimizer, None)"),
     # what is judged
     ("evaluate.py", "toy.make_clips(count, seed=1, held_out=True)", "toy.make_clips(count, seed=1, held_out=False)"),
     ("evaluate.py", 'seeds = [seed_of("held out", i) for i in indices]',
@@ -124,8 +126,15 @@ BY_HAND = [
     ("evaluate.py", 'return Sampler("euler", args.sample_steps, args.flow_shift, args.guidance)',
      'return Sampler("euler", args.sample_steps, args.flow_shift)'),
     ("train.py", 'row["probe"] = probe(averaged, args.beta)', 'row["probe"] = probe(policy, args.beta)'),
-    ("train.py", 'held_out.judge("before", build_frozen(config) if ref is None else ref, ranks, keep=True)',
-     'held_out.judge("before", policy, ranks, keep=False)'),
+    ("train.py", 'held_out.judge("before", experts.as_model("ref"), ranks, keep=True)',
+     'held_out.judge("before", experts.as_model("policy"), ranks, keep=False)'),
+    # two experts
+    ("experts.py", "SIDES[0] if turns_of_high(args, turn + 1) > turns_of_high(args, turn) else SIDES[1]", "SIDES[0]"),
+    ("experts.py", "expert = self.experts.bring(SIDES[0] if is_high.all() else SIDES[1])",
+     "expert = self.experts.bring(SIDES[1])"),
+    ("experts.py", "return own_turns * args.switch_every + step_of_turn", "return step"),
+    ("experts.py", "return (highest - boundary) / (highest - lowest)", "return 0.5"),
+    ("experts.py", "return bell_share(u) if args.timestep_sampling == \"logit_normal\" else u", "return u"),
     # SPO
     ("train_spo.py", 'group["lr"] = args.learning_rate *', 'group["lr"] = group["lr"] *'),
     ("train_spo.py", "min(1.0, (done + 1) / max(1, args.warmup_steps))", "min(1.0, done / max(1, args.warmup_steps))"),

@@ -4,6 +4,7 @@ What only a GPU can show. Its own command, as conftest.py hides GPUs from the ot
     python -m pytest --noconftest tests/test_cuda.py
 """
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -43,13 +44,35 @@ def inputs(tmp_path_factory):
     return folder
 
 
-def train_rows(inputs, out, *flags):
-    """The rows of log.jsonl of a run of train.py in a process of its own."""
-    command = [sys.executable, str(ROOT / "train.py"), "--init", str(inputs / "base"), "--data", str(inputs / "data"),
+def train_rows(inputs, out, *flags, script=("train.py",)):
+    """The rows of log.jsonl of a run of train.py in a process of its own. script: how it is started."""
+    command = [sys.executable, *script, "--init", str(inputs / "base"), "--data", str(inputs / "data"),
                "--out", str(out), "--batch_size", "2", "--probe_every", "0", *flags]
-    done = subprocess.run(command, capture_output=True, text=True)
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr[-2000:] + done.stdout[-2000:]
     return [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+
+
+# train.py, where the tiny model is one of A14B's experts by its shape
+TINY_A14B = ("-c", "import sys, model, train\n"
+                   "model.CONFIGS['wan2.2-t2v-a14b'] = model.CONFIGS['tiny']\n"
+                   "train.main(train.parse_args(sys.argv[1:]))")
+
+
+@pytest.mark.parametrize("flags", [("--lora_rank", "4"), ("--ref", "cached")])
+def test_experts_that_move_between_gpu_and_cpu_train_as_those_that_stay(inputs, tmp_path, flags):
+    both = tmp_path / "both"
+    for side in ("high_noise_model", "low_noise_model"):
+        shutil.copytree(inputs / "base", both / "base" / side)
+    shutil.copytree(inputs / "data", both / "data")
+    flags = (*flags, "--flow_shift", "5", "--switch_every", "1", "--learning_rate", "1e-3", "--warmup_steps", "1")
+    moved = train_rows(both, tmp_path / "moved", *flags, "--steps", "6", script=TINY_A14B)
+    stayed = train_rows(both, tmp_path / "stayed", *flags, "--steps", "6", "--offload_params", script=TINY_A14B)
+    train_rows(both, tmp_path / "cut", *flags, "--steps", "3", script=TINY_A14B)
+    resumed = train_rows(both, tmp_path / "cut", *flags, "--steps", "6", "--resume", "latest", script=TINY_A14B)
+    assert {row["expert"] for row in moved} == {"high_noise", "low_noise"}
+    for other in (stayed, resumed):
+        assert [row["loss"] for row in other] == pytest.approx([row["loss"] for row in moved], rel=1e-2)
 
 
 def test_a_run_that_was_stopped_and_resumed_is_the_curve_of_one_that_was_not(inputs, tmp_path):

@@ -21,7 +21,7 @@ TRAIN = FOLDER | MEMORY | ADAPTERS | {
     "learning_rate": 1e-4, "weight_decay": 1e-3, "warmup_steps": 20, "decay_steps": 0, "max_grad_norm": 1.0,
     "loss_scale": 0.0, "ema_decay": 0.98, "backward": "joint", "replicate": 1, "save_every": 100, "probe_every": 50,
     "hold_back": 0, "log_every": 10, "toy_clips": 512, "sample_every": 0, "eval_clips": 256, "sample_steps": 20,
-    "guidance": 1.0}
+    "guidance": 1.0, "switch_every": 0}
 SPO = FOLDER | MEMORY | ADAPTERS | {
     "init": "toy_base", "score": "toy", "data": "toy", "out": "out/spo", "seed": 0, "kernel": "ddim", "eta": -1.0,
     "sample_steps": 20, "flow_shift": 3.0, "guidance": 1.0, "unbranched": 0.2, "pool": 4, "threshold": [0.1],

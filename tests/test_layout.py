@@ -32,6 +32,7 @@ IMPORTS = {
     "lora_files.py": "model lora samples weights",
     "export.py": "samples step_folder weights lora_files",
     "streaming.py": "lora_files memory weights",
+    "experts.py": "data fsdp_utils lora losses weights",
     "fsdp_utils.py": "model memory weights lora",
     "run_folder.py": "data samples weights step_folder fsdp_utils tracker",
     "run_log.py": "run_folder fsdp_utils tracker",
@@ -44,7 +45,7 @@ IMPORTS = {
     "encode.py": "data samples model toy pictures tables video wan_encoders",
     "tables.py": "data samples video",
     "wan_encoders.py": "model streaming weights",
-    "train.py": MACHINERY + " export ref_cache",
+    "train.py": MACHINERY + " experts export ref_cache",
     "train_spo.py": MACHINERY + " export",
 }
 # File: which packages it may import beyond the core, all inside functions. Some need less than the core.

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import experts
 import fsdp_utils
 import memory
 import train
@@ -588,7 +589,7 @@ def test_spo_trains_adapters_against_itself_without_them(spo_world, tmp_path):
     ("--lora_rank 4 --init_lora nowhere", "nowhere.*not a whole .safetensors file")])
 def test_flags_of_adapters_that_cannot_work_are_refused_before_anything_is_loaded(world, tmp_path, monkeypatch, flags,
                                                                                  words):
-    monkeypatch.setattr(train, "build_model", lambda *args: pytest.fail("a model was built"))
+    monkeypatch.setattr(experts, "build_model", lambda *args: pytest.fail("a model was built"))
     save_lora(tmp_path / "FILE", random_adapters(CONFIGS["tiny"]))
     save_lora(tmp_path / "WIDE", random_adapters(dataclasses.replace(CONFIGS["tiny"], dim=64)))
     argv = [str(tmp_path / word) if word in ("FILE", "WIDE") else word for word in flags.split()]

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
+import experts
 import fsdp_utils
 import losses
 import memory
@@ -473,7 +474,7 @@ def test_errors_of_another_numerical_path_are_another_file_and_those_of_the_same
 
 def test_a_run_of_another_seed_or_on_changed_data_is_refused_before_anything_is_loaded(
         world, with_cache, tmp_path, monkeypatch):
-    monkeypatch.setattr(train, "build_model", lambda *args: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(experts, "build_model", lambda *args: pytest.fail("a model was loaded"))
     shutil.copytree(with_cache[0] / "out", tmp_path / "out")
     shutil.copytree(world / "data", tmp_path / "data")
     same = (*SMALL, *"--ref cached --resume latest --min_timestep 0 --learning_rate 2e-4 --warmup_steps 2".split(),

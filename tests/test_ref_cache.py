@@ -19,7 +19,7 @@ def ranks():
 
 
 ARGS = {"out": "out", "backward": "joint", "batch_size": 8, "grad_accum": 2, "cp_size": 1, "compile": False, "steps": 3,
-        "learning_rate": 1e-4}
+        "learning_rate": 1e-4, "switch_every": 0}
 FIXED = {"init": "abc", "init_lora": "", "data": "24 items", "seed": 0, "timestep_sampling": "uniform",
          "flow_shift": 3.0, "min_timestep": 600.0, "max_timestep": 1000.0, "beta": 30.0}
 
@@ -49,6 +49,9 @@ def test_errors_belong_to_weights_data_positions_and_the_numerical_path_and_to_n
             names.add(cached(tmp_path, ranks).path.name)
     assert len(names) == len(changes) + 4 - 1              # on two ranks a forward has two pairs, as in four parts
     assert cached(tmp_path, two_data_ranks, batch_size=16).path.name == cached(tmp_path, ranks).path.name
+    turns = {cached(tmp_path, ranks, **change).path.name for change in (
+        {"switch_every": 2}, {"switch_every": 4}, {"switch_every": 2, "batch_size": 16, "grad_accum": 4})}
+    assert len(turns) == 2 and not turns & names           # the second and the third turn after as many positions
     for same in ({"steps": 9}, {"learning_rate": 1.0}, {"beta": 1.0}, {"batch_size": 16, "grad_accum": 4}):
         assert cached(tmp_path, ranks, **same).path.name == cached(tmp_path, ranks).path.name
     assert all(name.startswith("ref_errors_") and name.endswith(".safetensors") for name in names)
@@ -83,13 +86,13 @@ def test_errors_are_complete_when_none_is_missing_and_come_by_position(tmp_path,
         asked.append(part)
         return torch.tensor([[float(p) for p in part], [p + 0.5 for p in part]])
 
-    errors.fill(score, start=1)
+    errors.fill(score, range(1, 3))
     assert asked == [range(8, 12), range(12, 16), range(16, 20), range(20, 24)]            # steps 1 and 2, in two parts
     assert errors.at(range(9, 11)).tolist() == [[9, 10], [9.5, 10.5]]
     assert "0 of 24 positions are in" in capsys.readouterr().out
     resumed = cached(tmp_path, ranks)
     assert not resumed.is_complete and resumed.errors.isnan().sum() == 16
-    resumed.fill(score, start=0)
+    resumed.fill(score, range(3))
     said = capsys.readouterr().out
     assert "16 of 24 positions are in" in said and "; 8 are scored now" in said
     assert len(asked) == 6 and cached(tmp_path, ranks).is_complete

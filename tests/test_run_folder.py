@@ -148,7 +148,7 @@ def test_on_another_number_of_ranks_a_run_goes_on_to_the_same_numbers_within_1e_
 DECIDE = """loss model seed beta r r_scale r_min caption_dropout clip weight_steps threshold tau penalty mu
     timestep_sampling flow_shift min_timestep max_timestep batch_size learning_rate weight_decay warmup_steps
     decay_steps max_grad_norm loss_scale ema_decay hold_back toy_clips sample_steps guidance lora_rank
-    lora_alpha lora_targets init_lora""".split()
+    lora_alpha lora_targets init_lora switch_every""".split()
 
 
 def another(value):
@@ -305,7 +305,7 @@ def save_steps(out, first, last, change=0):
         with torch.no_grad():
             for param in model.parameters():
                 param.to_local().fill_(step)
-        save_checkpoint(out, step, model, optimizer, None, {}, keep=2)
+        save_checkpoint(out, step, {"": (model, optimizer, None)}, {}, keep=2)
 
 
 def whole(out):
@@ -419,7 +419,7 @@ def save_on_a_full_disk(out, full_from):
         if step == full_from:
             resource.setrlimit(resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY))
         try:
-            save_checkpoint(out, step, model, optimizer, None, {}, keep=1)
+            save_checkpoint(out, step, {"": (model, optimizer, None)}, {}, keep=1)
         except ValueError as error:
             resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
             return str(error)
@@ -796,7 +796,7 @@ def stranger(tmp_path):
 def resume_from(folder):
     model, optimizer = tiny_state(start_ranks())
     with pytest.raises(ValueError) as error:
-        load_checkpoint(str(folder), model, optimizer, None)
+        load_checkpoint(str(folder), {"": (model, optimizer, None)})
     return str(error.value)
 
 

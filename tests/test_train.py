@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import experts
 import samples
 import train
 from conftest import SHAPE, main_fails, one_step, pair_loss, run, same_run, textbook_error, train_main
@@ -280,7 +281,7 @@ def test_rounding_of_the_errors_does_not_stop_a_run_whatever_beta_makes_of_it(wo
 
 
 def test_a_reference_that_is_not_the_policy_stops_the_run_at_step_0(world, tmp_path, monkeypatch):
-    build = train.build_model
+    build = experts.build_model
 
     def spoiled(path, config, ranks, memory, trained, *rest):
         model = build(path, config, ranks, memory, trained, *rest)
@@ -289,7 +290,7 @@ def test_a_reference_that_is_not_the_policy_stops_the_run_at_step_0(world, tmp_p
                 model.head.head.bias.to_local().add_(0.05)
         return model
 
-    monkeypatch.setattr(train, "build_model", spoiled)
+    monkeypatch.setattr(experts, "build_model", spoiled)
     with pytest.raises(RuntimeError, match="same numerical path"):
         train_main(one_step(world, tmp_path / "out", "--checkpointing", "selective"))
     torch.distributed.destroy_process_group()
