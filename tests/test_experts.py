@@ -262,6 +262,24 @@ def test_the_run_is_that_of_a_plain_loop_over_both(both, full_run, small_a14b):
         assert moved > 0.01
 
 
+def test_a_reference_that_is_not_the_policy_stops_either_expert_at_its_first_step(both, tmp_path, monkeypatch):
+    build = experts.build_model
+
+    def spoiled(path, config, ranks, memory, trained, *rest):
+        model = build(path, config, ranks, memory, trained, *rest)
+        if trained and path.name == "high_noise_model":    # the policy of the expert that comes second
+            with torch.no_grad():
+                model.head.head.bias.to_local().add_(0.05)
+        return model
+
+    monkeypatch.setattr(experts, "build_model", spoiled)
+    with pytest.raises(RuntimeError, match="same numerical path"):
+        train_two(both, tmp_path / "out", *FULL)
+    torch.distributed.destroy_process_group()
+    rows = (tmp_path / "out" / "log.jsonl").read_text().splitlines()
+    assert len(rows) == 2 and "high_noise" not in "".join(rows)
+
+
 @pytest.mark.parametrize("ranks, flags", [
     (1, "--grad_accum 2 --backward sequential --checkpointing full"), (2, "--backward pair --ref cached"),
     pytest.param(2, "--cp_size 2 --offload_params --checkpointing selective", marks=pytest.mark.slow)])
