@@ -384,8 +384,13 @@ def frechet(video, real):
     video (B, 3, F, 32, 32), real (R, 3, F, 32, 32); B and R at least 64, or the covariances say little. 0 for equal
     sets, but not for two samples of one distribution: two sets of 256 real clips are about 0.03 apart.
     """
-    a = features(video).double()
-    b = features(real).double()
+    return frechet_of_features(features(video), features(real))
+
+
+def frechet_of_features(features_of_video, features_of_real):
+    """The distance of frechet() from features (B, 37) and (R, 37)."""
+    a = features_of_video.double()
+    b = features_of_real.double()
     mean, spread = b.mean(0), b.std(0).clamp(min=1e-6)
     a, b = (a - mean) / spread, (b - mean) / spread
     cov_a, cov_b = torch.cov(a.T), torch.cov(b.T)

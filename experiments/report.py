@@ -3,7 +3,8 @@ Every table of docs/RESULTS.md and every figure it shows, and README.md's table 
 
     python experiments/report.py          # rewrites the tables, and docs/results_*.png   (needs matplotlib)
 
-A number is the mean over seeds, ± the distance of the farthest seed; without ± there was one seed.
+A number is the mean over seeds, ± the distance of the farthest seed; without ± there was one seed. A difference has its
+95 % interval (paired.py). Rows of one table come from the same code and the same base; other rows are refused.
 """
 import json
 import re
@@ -14,6 +15,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+from paired import in_words, mark_table, paired_difference, paired_frechet
 from run import EXPERIMENTS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -30,6 +32,25 @@ def read(experiment):
         setting = file.stem.rsplit("_", 1)[0]
         runs.setdefault(setting, []).append(json.loads(file.read_text()))
     return {setting: runs[setting] for setting in EXPERIMENTS[experiment] if setting in runs}
+
+
+def check_one_code(title, runs):
+    """Refuse a table whose runs come from different code or different bases."""
+    for name in ("code", "init"):
+        found = {}
+        for setting, runs_of_setting in runs.items():
+            for run in runs_of_setting:
+                found.setdefault(run.get(name), setting)
+        if len(found) > 1:
+            examples = ", ".join(f"{setting} has {value}" for value, setting in found.items())
+            sys.exit(f"table '{title}': expected runs of one {name}, found {len(found)} ({examples}); run the older ones "
+                     "again")
+
+
+def read_base():
+    """The base's marks, as a run that has one seed."""
+    file = ROOT / "experiments" / "logs" / "base.json"
+    return {"judged": {"base": json.loads(file.read_text())}}
 
 
 def mean(values):
@@ -82,6 +103,86 @@ def table(runs):
             gaps = gap(runs_of_setting, name)
             cells.append(spread(gaps) if gaps else "")
         text += table_row(title, len(runs_of_setting), *cells)
+    return text
+
+
+SHOWN = ("drift", "background", "broken", "frechet")               # of judged runs, at each guidance
+
+
+def judged_mark(run, mark, guidance, when):
+    """The mean over captions of a run's mark after some steps, such as "300 ema"; the base has the one key "base"."""
+    value = run["judged"].get("base", run["judged"].get(when))[guidance][mark]
+    return mean(value) if isinstance(value, list) else value
+
+
+def judged_table(runs, when="300 ema", gaps=True):
+    """Marks of each setting without guidance and at guidance 2, and the gaps at the end of training."""
+    titles = [f"{'Fréchet' if name == 'frechet' else name}{note}" for note in ("", ", g2") for name in SHOWN]
+    text = table_head("", "seeds", *titles, *(("win_gap", "lose_gap") if gaps else ()))
+    for title, runs_of_setting in ({"base": [read_base()]} | runs).items():
+        cells = ["" if title == "base" else len(runs_of_setting)]
+        for guidance in ("1", "2"):
+            cells += [spread([judged_mark(run, name, guidance, when) for run in runs_of_setting]) for name in SHOWN]
+        for name in ("win_gap", "lose_gap") if gaps else ():
+            values = [] if title == "base" else gap(runs_of_setting, name)
+            cells.append(spread(values) if values else "0" if title == "base" else "")
+        text += table_row(title, *cells)
+    return text
+
+
+def difference(first, second, mark, guidance, when):
+    """first minus second with its interval, in text: lists of runs; each seed of first meets the same seed of second."""
+    count = len(first) if len(second) == 1 else min(len(first), len(second))
+    first, second = first[:count], second[:count]
+    of_second = "base" if "base" in second[0]["judged"] else when
+    if mark == "frechet":
+        marks = [[run["judged"][key][guidance] for run in runs] for runs, key in ((first, when), (second, of_second))]
+        return in_words(*paired_frechet(*marks))
+    return in_words(*paired_difference(mark_table(first, mark, guidance, when),
+                                       mark_table(second, mark, guidance, of_second)))
+
+
+def difference_table(runs, pairs, guidance, when="300 ema"):
+    """A row for each (first, second) of pairs: first minus second, with intervals; lower is better in every column."""
+    runs = {"base": [read_base()]} | runs
+    text = table_head("", "seeds", "drift", "background", "broken", "Fréchet")
+    for first, second in pairs:
+        if first in runs and second in runs:
+            cells = [difference(runs[first], runs[second], name, guidance, when) for name in SHOWN]
+            text += table_row(f"{first} − {second}", len(runs[first]), *cells)
+    return text
+
+
+def sigma_table(runs):
+    """The gaps of the last 50 steps by quarter of sigma."""
+    ranges = ("0 to 0.25", "to 0.5", "to 0.75", "to 1")
+    text = table_head("", *(f"{name}, {where}" for name in ("win_gap", "lose_gap") for where in ranges))
+    for title, runs_of_setting in runs.items():
+        if "win_gap" not in runs_of_setting[0]["by_sigma"]:
+            continue
+        cells = []
+        for name in ("win_gap", "lose_gap"):
+            columns = zip(*(run["by_sigma"][name] for run in runs_of_setting))
+            cells += [f"{mean(column):.4f}" for column in columns]
+        text += table_row(title, *cells)
+    return text
+
+
+def long_table(runs):
+    """Marks after every 300 steps, of the average and of the raw weights, without guidance; the last also at 2."""
+    text = table_head("", "seeds", "step", *(f"{name}, {which}" for which in ("average", "raw") for name in SHOWN),
+                      *(f"{name}, average, g2" for name in SHOWN))
+    for title, runs_of_setting in runs.items():
+        judged = runs_of_setting[0]["judged"]
+        for step in sorted({int(key.split()[0]) for key in judged}):
+            cells = []
+            for which in ("ema", "policy"):
+                for name in SHOWN:
+                    cells.append(spread([judged_mark(run, name, "1", f"{step} {which}") for run in runs_of_setting]))
+            for name in SHOWN if "2" in judged[f"{step} ema"] else ():
+                cells.append(spread([judged_mark(run, name, "2", f"{step} ema") for run in runs_of_setting]))
+            cells += [""] * (3 * len(SHOWN) - len(cells))
+            text += table_row(title, len(runs_of_setting), step, *cells)
     return text
 
 
@@ -172,6 +273,41 @@ def plot_trade(runs, path):
                       markersize=6, alpha=0.85)
         axis.set(xlabel=f"{x} (lower is better)", ylabel=f"{y} (lower is better)")
     axes[1].legend(fontsize=7, bbox_to_anchor=(1.02, 1), loc="upper left")
+    save(figure, path)
+
+
+def plot_judged(runs, path, when="300 ema"):
+    """Drift against background without guidance and at guidance 2: a small dot a seed, a large one their mean."""
+    figure, axes = plt.subplots(1, 2, figsize=(12, 4.6))
+    for axis, guidance in zip(axes, ("1", "2")):
+        base = [judged_mark(read_base(), name, guidance, when) for name in ("background", "drift")]
+        axis.plot(*base, "k*", markersize=14, label="base")
+        for number, (title, runs_of_setting) in enumerate(runs.items()):
+            style = {"color": f"C{number % 10}", "marker": "osD"[number // 10], "linestyle": ""}
+            x, y = ([judged_mark(run, name, guidance, when) for run in runs_of_setting]
+                    for name in ("background", "drift"))
+            axis.plot(x, y, markersize=4, alpha=0.5, **style)
+            axis.plot(mean(x), mean(y), markersize=9, label=title, **style)
+        axis.set(xlabel="background, in 1/255 (lower is better)", ylabel="drift, in pixels (lower is better)",
+                 title="without guidance" if guidance == "1" else "guidance 2")
+    axes[1].legend(fontsize=7, bbox_to_anchor=(1.02, 1), loc="upper left")
+    save(figure, path)
+
+
+def plot_long(runs, path):
+    """Marks after every 300 steps, without guidance: solid the average, dotted the raw weights."""
+    figure, axes = plt.subplots(1, len(SHOWN), figsize=(4.2 * len(SHOWN), 3.6))
+    for number, (title, runs_of_setting) in enumerate(runs.items()):
+        steps = sorted({int(key.split()[0]) for key in runs_of_setting[0]["judged"]})
+        for axis, name in zip(axes, SHOWN):
+            start = judged_mark(read_base(), name, "1", "")
+            for which, line in (("ema", "o-"), ("policy", "o:")):
+                values = [mean(judged_mark(run, name, "1", f"{step} {which}") for run in runs_of_setting)
+                          for step in steps]
+                axis.plot([0, *steps], [start, *values], line, color=f"C{number}", markersize=3,
+                          label=title if which == "ema" else None)
+            axis.set(title=f"{'Fréchet' if name == 'frechet' else name} (lower is better)", xlabel="step")
+    axes[-1].legend(fontsize=7, bbox_to_anchor=(1.02, 1), loc="upper left")
     save(figure, path)
 
 

@@ -8,6 +8,8 @@ each run is kept in experiments/logs/EXPERIMENT/SETTING_SEED.json: the flags, th
 every fifth row of the log.
 """
 import argparse
+import ast
+import hashlib
 import json
 import os
 import shutil
@@ -19,6 +21,11 @@ from threading import Lock
 
 ROOT = Path(__file__).resolve().parent.parent
 PREPARING = Lock()                                 # one job makes what several need
+LOGS, OUT = ROOT / "experiments" / "logs", ROOT / "out" / "experiments"
+# the files that decide the numbers of a run
+DECIDE = ("data.py", "evaluate.py", "fsdp_utils.py", "lora.py", "losses.py", "memory.py", "model.py", "run_folder.py",
+          "sample.py", "samples.py", "toy.py", "train.py", "train_spo.py", "experiments/judge.py",
+          "experiments/variants.py")
 KEPT = ("step", "loss", "loss_dpo", "margin", "accuracy", "win_gap", "lose_gap", "dgr", "c_win", "c_lose",
         "err_win", "ref_err_win", "kept", "grad_norm", "saturated",
         "score", "score_end", "gap", "pairs", "policy_forwards", "score_forwards")
@@ -27,20 +34,26 @@ KEPT = ("step", "loss", "loss_dpo", "margin", "accuracy", "win_gap", "lose_gap",
 # ----------------------------------------------------------------------------------------------------------------------
 # the experiments: {setting: flags of train.py, or a script and its flags}
 
-def at(beta, learning_rate, flags):
-    """The flags with this beta (which sft and ipo do not have) and this learning rate."""
+def at(beta, learning_rate, flags, lowest=600):
+    """The flags with this beta (which sft and ipo do not have), learning rate and lowest timestep."""
     beta_flags = [] if {"sft", "ipo"} & set(flags) else ["--beta", str(beta)]
-    return [*flags, *beta_flags, "--learning_rate", str(learning_rate)]
+    return [*flags, *beta_flags, "--learning_rate", str(learning_rate), "--min_timestep", str(lowest)]
+
+
+def over_all(*flags):
+    """All noise levels, marked by judge.py, not by the run itself."""
+    return at(30, 1e-4, [*flags, *JUDGED], lowest=0)
 
 
 def mild(*flags):
-    return at(30, 1e-4, flags)                     # the defaults of train.py
+    return at(30, 1e-4, flags)                     # the first round: above sigma 0.6
 
 
 def strong(*flags):
     return at(1000, 5e-4, flags)                   # the paper's beta, and steps that are too large for it
 
 
+JUDGED = ["--eval_clips", "0", "--save_every", "300", "--keep", "9"]
 SFT = ["--loss", "sft"]
 DPO = ["--loss", "dpo", "--ref", "cached"]
 REGDPO = ["--loss", "regdpo", "--ref", "cached"]
@@ -48,8 +61,21 @@ OBJECTIVES = {"sft": SFT, "dpo": DPO, "regdpo": REGDPO, "regdpo_r_scale_0.2": [*
 for loss in ("dpo_cm", "sdpo", "ipo", "dpop", "diffusion_sdpo"):
     OBJECTIVES[loss] = ["--loss", loss, "--ref", "cached"]
 
-# What each objective does with the same 512 GT-Pairs, the same steps and the same flags; and where beta and steps are
-# too large for the sigmoid.
+# What each objective does with the same 512 GT-Pairs, the same steps and the same flags, over all noise levels; three
+# of them above sigma 0.6 alone; and five times as long, where a run goes on from the main table's.
+SHARES = {"regdpo_r15": [*REGDPO, "--r", "15"],                                # dgr at the start is beta / 2
+          "dpo_cm_0.97_clip1": [*OBJECTIVES["dpo_cm"], "--threshold", "0.97", "--clip", "1"],
+          "sdpo_clip1": [*OBJECTIVES["sdpo"], "--clip", "1"]}
+MAIN = {name: over_all(*flags) for name, flags in (OBJECTIVES | SHARES).items()}
+ABOVE = {name: mild(*OBJECTIVES[name], *JUDGED) for name in ("sft", "dpo", "regdpo")}
+LORA = ["--loss", "regdpo", "--lora_rank"]
+MAIN["lora8"] = at(30, 1e-3, [*LORA, "8", *JUDGED], lowest=0)
+MAIN["lora8_lr3e-4"] = at(30, 3e-4, [*LORA, "8", *JUDGED], lowest=0)
+MAIN["regdpo_guided_losers"] = over_all(*REGDPO, "--guidance", "2")
+LONG = {name: [*MAIN[name], "--steps", "1500"]
+        for name in ("dpo", "regdpo", "regdpo_r15", "sft", "dpo_cm_0.97_clip1", "sdpo_clip1")}
+
+# The first round, above sigma 0.6; and where beta and steps are too large for the sigmoid.
 LOSSES = {name: mild(*flags) for name, flags in OBJECTIVES.items()}
 BETA_300 = {name: at(300, 1e-4, OBJECTIVES[name]) for name in ("dpo", "regdpo", "regdpo_r_scale_0.2")}
 BETA_1000 = {name: strong(*flags) for name, flags in OBJECTIVES.items()}
@@ -110,8 +136,9 @@ SPO = {"judge": JUDGE,
        "regdpo_equal": mild("--loss", "regdpo", *EQUAL),
        "dpo_equal": mild("--loss", "dpo", *EQUAL)}
 
-EXPERIMENTS = {"losses": LOSSES, "beta300": BETA_300, "beta1000": BETA_1000, "r": R, "r1000": R_1000, "beta": BETA,
-               "identity": IDENTITY, "pairs": PAIRS, "former_base": FORMER_BASE, "better_base": BETTER_BASE, "spo": SPO}
+EXPERIMENTS = {"main": MAIN, "above": ABOVE, "long": LONG, "losses": LOSSES, "beta300": BETA_300, "beta1000": BETA_1000,
+               "r": R, "r1000": R_1000, "beta": BETA, "identity": IDENTITY, "pairs": PAIRS, "former_base": FORMER_BASE,
+               "better_base": BETTER_BASE, "spo": SPO}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -161,6 +188,51 @@ def value_of(flags, name, default):
     return flags[flags.index(name) + 1] if name in flags else default
 
 
+def code_digest():
+    """Names the code that decides a run's numbers: docstrings and comments do not count."""
+    texts = []
+    for name in DECIDE:
+        tree = ast.parse((ROOT / name).read_text())
+        for node in ast.walk(tree):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
+                node.body = node.body[1:]
+        texts.append(ast.dump(tree))
+    return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
+
+
+def judge(out):
+    """What judge.py says of the average after every 300 steps of a run, and of its raw weights where it is long."""
+    judged = {}
+    folders = sorted(out.glob("step_*"))
+    for folder in folders:
+        step = int(folder.name.removeprefix("step_"))
+        is_last = folder == folders[-1]
+        for which in ("ema", "policy") if len(folders) > 1 else ("ema",):
+            file = out / f"judged_{step}_{which}.json"
+            guidances = ("1", "2") if is_last and which == "ema" else ("1",)
+            if not file.exists():
+                command = [sys.executable, "experiments/judge.py", folder, "--which", which, "--out", file]
+                subprocess.run([*command, "--guidances", *guidances], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+            judged[f"{step} {which}"] = json.loads(file.read_text())
+    return judged
+
+
+def by_sigma(rows):
+    """Means of the curves by noise level over these rows: {name: one number for each quarter of sigma}."""
+    means = {}
+    for name in rows[-1].get("by_sigma", {}):
+        columns = zip(*(row["by_sigma"][name] for row in rows))
+        seen = [[value for value in column if value is not None] for column in columns]
+        means[name] = [float(f"{sum(values) / len(values):.4g}") if values else None for values in seen]
+    return means
+
+
+def init_digest(out):
+    """Names the weights that a run began with."""
+    step = (out / "latest").read_text().strip()
+    return json.loads((out / step / "meta.json").read_text())["init"]
+
+
 def keep(out, target, flags):
     """Write what is committed of a run's folder into target, one small file. Returns the run's marks."""
     rows = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
@@ -173,39 +245,54 @@ def keep(out, target, flags):
     marks = out / "samples" / "marks.json"
     marks = json.loads(marks.read_text()) if marks.exists() else {}
     config = json.loads((out / "config.json").read_text())
-    head = {"flags": flags, "torch": config["torch"], "marks": marks}
+    head = {"flags": flags, "torch": config["torch"], "code": (out / "code").read_text(), "init": init_digest(out),
+            "marks": marks, "by_sigma": by_sigma(rows[-50:]), "probe": rows[-1].get("probe")}
+    if "--keep" in flags:
+        head["judged"] = judge(out)
+        last = list(head["judged"].values())[-2 if len(head["judged"]) > 1 else -1]
+        marks["after"] = {name: sum(last["1"][name]) / len(last["1"][name]) for name in ("drift", "background", "broken")}
+        marks["after"]["frechet"] = last["1"]["frechet"]
     lines = ",\n".join(json.dumps(row) for row in kept)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(head)[:-1] + f', "log": [\n{lines}]}}\n')
     return marks
 
 
+def share_errors(source, target):
+    """Copy the reference's errors between folders where that has more: they are the same for all losses."""
+    target.mkdir(parents=True, exist_ok=True)
+    for file in source.glob("ref_errors_*.safetensors"):
+        copy = target / file.name
+        if not copy.exists() or copy.stat().st_size < file.stat().st_size:
+            shutil.copy(file, copy.with_suffix(f".{os.getpid()}"))
+            copy.with_suffix(f".{os.getpid()}").rename(copy)
+
+
 def train(out, flags, seed):
     """Train into the folder out, or resume there. Returns the exit code."""
+    if not (out / "latest").exists():
+        start = out.parents[1] / "main" / out.name
+        if out.parent.name == "long" and (start / "done").exists():            # the same run, up to its step 300
+            shutil.copytree(start, out, ignore=shutil.ignore_patterns("done", "samples"), symlinks=True)
+        else:
+            out.mkdir(parents=True, exist_ok=True)
+            (out / "log.jsonl").unlink(missing_ok=True)                        # killed before its first checkpoint
+            (out / "code").write_text(code_digest())
     resume = ["--resume", "latest"] if (out / "latest").exists() else []
-    out.mkdir(parents=True, exist_ok=True)
-    # The reference's errors are the same for all losses; train.py refuses them where they do not belong.
-    shared = [value_of(flags, "--init", "toy_base"), value_of(flags, "--data", "toy")]
-    shared = "_".join(name.replace("/", "-") for name in shared)
-    cache = out / "ref_errors.safetensors"
-    shared_cache = out.parents[1] / f"ref_errors_{shared}_{seed}.safetensors"
-    if not resume:
-        (out / "log.jsonl").unlink(missing_ok=True)                            # killed before its first checkpoint
-        if shared_cache.exists() and "cached" in flags:
-            shutil.copy(shared_cache, cache)
+    if "cached" in flags:
+        share_errors(OUT / "ref_errors", out)                                  # train.py refuses what does not fit
     script = [] if flags[0].endswith(".py") else ["train.py"]
     command = [sys.executable, *script, *flags, "--seed", str(seed), "--out", str(out), *resume]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with open(out / "printed.txt", "a") as printed:
         ended = subprocess.run(command, cwd=ROOT, stdout=printed, stderr=subprocess.STDOUT, env=environment)
-    if cache.exists() and not shared_cache.exists():
-        shutil.copy(cache, shared_cache)
+    share_errors(out, OUT / "ref_errors")
     return ended.returncode
 
 
 def run(experiment, setting, seed, more_flags):
     """Run one setting with one seed, unless it has ended before, and keep its log. Returns a line to print."""
-    out = ROOT / "out" / "experiments" / experiment / f"{setting}_{seed}"
+    out = OUT / experiment / f"{setting}_{seed}"
     flags = [*EXPERIMENTS[experiment][setting], *more_flags]
     if not (out / "done").exists():
         with PREPARING:
@@ -213,9 +300,17 @@ def run(experiment, setting, seed, more_flags):
         if train(out, flags, seed):
             return f"{setting} seed {seed}: FAILED, see {out / 'printed.txt'}"
         (out / "done").touch()
-    marks = keep(out, ROOT / "experiments" / "logs" / experiment / f"{setting}_{seed}.json", flags)
+    marks = keep(out, LOGS / experiment / f"{setting}_{seed}.json", flags)
     after = [f"{name} {value:.3f}" for name, value in marks.get("after", {}).items()]
-    return f"{setting} seed {seed}: " + ", ".join(after)
+    return f"{experiment} {setting} seed {seed}: " + ", ".join(after)
+
+
+def judge_base():
+    """Mark the base once, as every run is marked."""
+    file = LOGS / "base.json"
+    if not file.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
+        subprocess.run([sys.executable, "experiments/judge.py", "toy_base", "--out", file], cwd=ROOT, check=True)
 
 
 def main():
@@ -232,6 +327,7 @@ def main():
     if unknown:
         names = ", ".join(EXPERIMENTS[args.experiment])
         sys.exit(f"--settings {' '.join(unknown)}: {args.experiment} has {names}")
+    judge_base()
     with ThreadPoolExecutor(args.processes) as pool:
         jobs = [pool.submit(run, args.experiment, setting, seed, args.flags.split())
                 for seed in args.seeds for setting in settings]
