@@ -129,10 +129,17 @@ SPO_FLAGS = ["train_spo.py", "--sample_steps", "10", "--unbranched", "0", "--ste
              "--eval_clips", "0"]
 JUDGE = ["--loss", "preference", "--toy_clips", "4096", "--min_timestep", "0", "--batch_size", "32", "--steps", "600",
          "--decay_steps", "300", "--learning_rate", "2e-3"]
+SIBLING_JUDGE = ["--loss", "preference", "--data", "data/siblings/pairs.jsonl", "--min_timestep", "0", "--batch_size", "32",
+                 "--steps", "600", "--decay_steps", "300", "--learning_rate", "2e-3", "--probe_every", "0",
+                 "--eval_clips", "0"]
+DEFAULTS = ["train_spo.py", "--eval_clips", "0", "--save_every", "30", "--keep", "9"]
 EQUAL = ["--toy_clips", "128", "--steps", "150"]
 SPO = {"judge": JUDGE,
        "exact": [*SPO_FLAGS, "--steps", "30"],
        "judged": [*SPO_FLAGS, "--steps", "20", "--score", "out/experiments/spo/judge_0/export"],
+       "sibling_judge": SIBLING_JUDGE,
+       "exact_defaults": DEFAULTS,
+       "sibling_defaults": [*DEFAULTS, "--score", "out/experiments/spo/sibling_judge_0/export"],
        "regdpo_equal": mild("--loss", "regdpo", *EQUAL),
        "dpo_equal": mild("--loss", "dpo", *EQUAL)}
 
@@ -176,6 +183,8 @@ def prepare(flags):
     for name, make in (("former_base", make_former_base), ("better_base", make_better_base)):
         if f"data/{name}" in flags and not (ROOT / "data" / name).exists():
             make(ROOT / "data" / name)
+    if "data/siblings/pairs.jsonl" in flags:
+        subprocess.run([sys.executable, "experiments/siblings.py", "make", "data/siblings", "2048"], cwd=ROOT, check=True)
     for flag in flags:
         if flag.startswith("data/pairs_"):
             make_pairs(flag)
