@@ -23,10 +23,10 @@ KEPT = ("step", "loss", "loss_dpo", "loss_sft", "accuracy", "margin", "margin_ab
         "win_gap", "lose_gap", "win_ratio", "lose_ratio", "err_win", "err_lose", "ref_err_win", "ref_err_lose",
         "grad_norm", "lr", "skipped", "by_sigma", "probe", "verdicts")
 COMMON = ["--steps", "80", "--beta", "1000", "--learning_rate", "5e-4", "--batch_size", "8", "--eval_clips", "0",
-          "--save_every", "1000"]
+          "--save_every", "1000", "--min_timestep", "600"]
 LONG = ["--ref", "cached", "--steps", "300", "--batch_size", "16"]
 RUNS = {
-    "healthy": ["--loss", "regdpo", *LONG, "--beta", "30", "--learning_rate", "1e-4"],    # train.py's defaults
+    "healthy": ["--loss", "regdpo", *LONG, "--beta", "30", "--learning_rate", "1e-4", "--min_timestep", "0"],
     "regdpo": ["--loss", "regdpo", *LONG],
     "dpo": ["--loss", "dpo", *LONG],
     # losers made with guidance, all sigmas

@@ -29,8 +29,9 @@ def read(experiment):
     """{setting: [run, run, ...]}, runs as experiments/run.py keeps them, in its order of settings."""
     runs = {}
     for file in sorted((ROOT / "experiments" / "logs" / experiment).glob("*.json")):
-        setting = file.stem.rsplit("_", 1)[0]
-        runs.setdefault(setting, []).append(json.loads(file.read_text()))
+        if file.stem.rsplit("_", 1)[-1].isdecimal():                           # else it is no run
+            setting, seed = file.stem.rsplit("_", 1)
+            runs.setdefault(setting, []).append(json.loads(file.read_text()) | {"seed": int(seed)})
     return {setting: runs[setting] for setting in EXPERIMENTS[experiment] if setting in runs}
 
 
@@ -132,9 +133,10 @@ def judged_table(runs, when="300 ema", gaps=True):
 
 def difference(first, second, mark, guidance, when):
     """first minus second with its interval, in text: lists of runs; each seed of first meets the same seed of second."""
-    count = len(first) if len(second) == 1 else min(len(first), len(second))
-    first, second = first[:count], second[:count]
     of_second = "base" if "base" in second[0]["judged"] else when
+    if of_second != "base":
+        seeds = {run["seed"] for run in first} & {run["seed"] for run in second}
+        first, second = ([run for run in runs if run["seed"] in seeds] for runs in (first, second))
     if mark == "frechet":
         marks = [[run["judged"][key][guidance] for run in runs] for runs, key in ((first, when), (second, of_second))]
         return in_words(*paired_frechet(*marks))
@@ -149,7 +151,8 @@ def difference_table(runs, pairs, guidance, when="300 ema"):
     for first, second in pairs:
         if first in runs and second in runs:
             cells = [difference(runs[first], runs[second], name, guidance, when) for name in SHOWN]
-            text += table_row(f"{first} − {second}", len(runs[first]), *cells)
+            seeds = min(len(runs[name]) for name in (first, second) if name != "base")
+            text += table_row(f"{first} − {second}", seeds, *cells)
     return text
 
 
@@ -333,6 +336,59 @@ def plot_weights(losses, sweep, path):
 # ----------------------------------------------------------------------------------------------------------------------
 # pages
 
+OF_MAIN = ("sft", "dpo", "regdpo", "regdpo_r_scale_0.2", "regdpo_r15", "diffusion_sdpo", "dpo_cm", "dpo_cm_0.97_clip1",
+           "sdpo", "sdpo_clip1")                           # the other rows of main have tables of their own
+DIFFERENCES = (("sft", "base"), ("dpo", "base"), ("regdpo", "base"), ("regdpo", "sft"), ("regdpo", "dpo"),
+               ("regdpo_r_scale_0.2", "regdpo"), ("regdpo_r15", "regdpo"), ("diffusion_sdpo", "regdpo"),
+               ("diffusion_sdpo", "base"), ("dpo_cm", "dpo"), ("dpo_cm_0.97_clip1", "dpo"), ("sdpo", "dpo"),
+               ("sdpo_clip1", "dpo"))
+
+
+def importance_table():
+    """Importance weights of the first steps by noise level (importance.py)."""
+    rows = json.loads((ROOT / "experiments" / "logs" / "importance.json").read_text())
+    text = table_head("sigma", "pairs of 4,800", "mean weight", "below 0.9", "below 0.97")
+    for row in rows:
+        low, high = row["sigma"]
+        text += table_row(f"{low:g} to {high:g}", row["pairs"], f"{row['mean']:.4f}", f"{row['below 0.9']:.0%}",
+                          f"{row['below 0.97']:.0%}")
+    return text
+
+
+def compare_ranges(main_runs, above):
+    """The runs above sigma 0.6, each under the run over all noise levels of the same loss."""
+    rows = {}
+    for name, runs in above.items():
+        rows |= {f"{name}, all": main_runs[name], f"{name}, above 0.6": runs}
+    return rows
+
+
+def new_tables(runs):
+    """{name: table} of the runs over all noise levels, and of what is compared with them."""
+    main_runs, above, long = runs["main"], runs["above"], runs["long"]
+    for title, group in (("main", main_runs | above), ("long", long)):
+        check_one_code(title, group)
+    of_main = {name: main_runs[name] for name in OF_MAIN if name in main_runs}
+    losers = {"losers without guidance": main_runs["regdpo"]}
+    if "regdpo_guided_losers" in main_runs:
+        losers["losers at guidance 2"] = main_runs["regdpo_guided_losers"]
+    adapters = {"all weights": main_runs["regdpo"]}
+    adapters |= {name: main_runs[name] for name in main_runs if name.startswith("lora")}
+    ranges = compare_ranges(main_runs, above)
+    tables = {"main": judged_table(of_main), "sigma": sigma_table(of_main), "importance": importance_table(),
+              "differences": difference_table(of_main, DIFFERENCES, "1"),
+              "differences, guidance 2": difference_table(of_main, DIFFERENCES, "2"),
+              "long": long_table(long), "ranges": judged_table(ranges), "losers": judged_table(losers),
+              "adapters": judged_table(adapters)}
+    of_ranges = [(f"{name}, above 0.6", f"{name}, all") for name in above]
+    of_adapters = [(name, "all weights") for name in adapters if name != "all weights"]
+    for name, rows, pairs in (("ranges", ranges, of_ranges), ("losers", losers, [tuple(losers)[::-1]]),
+                              ("adapters", adapters, of_adapters)):
+        tables[f"{name}, differences"] = difference_table(rows, pairs, "1") if len(rows) > 1 else ""
+        tables[f"{name}, differences, guidance 2"] = difference_table(rows, pairs, "2") if len(rows) > 1 else ""
+    return tables
+
+
 def main():
     runs = {name: read(name) for name in EXPERIMENTS}
     losses, strong, beta = runs["losses"], runs["beta1000"], runs["beta"]
@@ -340,9 +396,9 @@ def main():
     r_1000 = runs["r1000"] | {"r = 500": strong["regdpo_r500"], "r = dgr / 5": strong["regdpo_r_scale_0.2"],
                               "r = dgr": strong["regdpo"]}
     pairs = {"as in the main table": losses["regdpo"]} | runs["pairs"]
-    in_short = {title: losses[name] for title, name in (("SFT", "sft"), ("DPO", "dpo"), ("Reg-DPO", "regdpo"))}
-    write(ROOT / "README.md", {"objectives": table(in_short)})
-    write(ROOT / "docs" / "RESULTS.md", {
+    in_short = {title: runs["main"][name] for title, name in (("SFT", "sft"), ("DPO", "dpo"), ("Reg-DPO", "regdpo"))}
+    write(ROOT / "README.md", {"objectives": judged_table(in_short)})
+    write(ROOT / "docs" / "RESULTS.md", new_tables(runs) | {
         "losses": table(losses), "beta300": table(runs["beta300"]), "beta1000": table(strong),
         "r": table(r), "r1000": table(r_1000), "beta dpo": grid(beta, "dpo"), "beta regdpo": grid(beta, "regdpo"),
         "identity": identity(runs["identity"]), "pairs": table(pairs),
@@ -351,6 +407,10 @@ def main():
     keys = ("win_gap", "lose_gap", "accuracy", "dgr")
     names = ("sft", "dpo", "regdpo", "regdpo_r_scale_0.2", "dpo_cm", "sdpo", "ipo", "dpop")
     plot_curves(losses, names, keys, "results_losses.png")
+    of_main = {name: runs["main"][name] for name in OF_MAIN if name in runs["main"]}
+    plot_judged(of_main, "results_main.png")
+    if runs["long"]:
+        plot_long(runs["long"], "results_long.png")
     plot_curves(strong, ("sft", "dpo", "regdpo", "dpo_cm", "sdpo", "ipo"), keys, "results_beta1000.png")
     for name, runs_of_setting in beta.items():                                 # dgr on one axis for all betas
         for run in runs_of_setting:
