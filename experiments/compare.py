@@ -4,7 +4,9 @@ SPO, Reg-DPO and the base in the embedded world, by exact marks: two samplers, o
     python experiments/run.py losses --settings dpo regdpo                 # exports in out/experiments
     python experiments/run.py spo --settings judge --seeds 0
     python experiments/run.py spo --settings exact judged regdpo_equal dpo_equal
-    python experiments/compare.py        # marks.json, the table of all marks in docs/SPO.md, two pictures
+    python experiments/compare.py            # marks.json, the table of all marks in docs/SPO.md, docs/spo.png
+    python experiments/run.py main --settings dpo regdpo --seeds 0
+    python experiments/compare.py picture    # docs/real_base_dpo_regdpo.png
 
 Models that experiments/logs/spo/marks.json already holds are not sampled again. ddim, 10 steps with eta 1, is the
 sampler whose steps SPO trained here; euler, 20 steps, is the one that train.py shows.
@@ -164,11 +166,17 @@ def main():
     exports = {"base": "base", "Reg-DPO": "regdpo_0", "SPO, exact": "exact_0", "SPO, judged": "judged_0"}
     exports = {title: models[name] for title, name in exports.items() if name in models}
     draw_sheet(DOCS / "spo.png", shown_clips(exports, captions, real, "ddim"), captions[:6])
-    exports = {"base": ROOT / "toy_base", "DPO": OUT / "losses" / "dpo_0" / "export",
-               "Reg-DPO": OUT / "losses" / "regdpo_0" / "export"}
-    draw_sheet(DOCS / "real_base_dpo_regdpo.png", shown_clips(exports, captions, real, "euler"), captions[:6])
-    print(table(marks) + "written to docs/SPO.md, docs/spo.png and docs/real_base_dpo_regdpo.png")
+    print(table(marks) + "written to docs/SPO.md and docs/spo.png")
+
+
+def draw_main_picture():
+    """README's picture: what the base, DPO and Reg-DPO make of six captions, next to real clips."""
+    captions, real = toy.make_clips(6, seed=1, held_out=True)
+    real = toy.decode_pixels(toy.encode_pixels(real))
+    exports = {"base": ROOT / "toy_base", "DPO": OUT / "main" / "dpo_0" / "export",
+               "Reg-DPO": OUT / "main" / "regdpo_0" / "export"}
+    draw_sheet(DOCS / "real_base_dpo_regdpo.png", shown_clips(exports, captions, real, "euler"), captions)
 
 
 if __name__ == "__main__":
-    main()
+    draw_main_picture() if sys.argv[1:] == ["picture"] else main()

@@ -71,6 +71,7 @@ ABOVE = {name: mild(*OBJECTIVES[name], *JUDGED) for name in ("sft", "dpo", "regd
 LORA = ["--loss", "regdpo", "--lora_rank"]
 MAIN["lora8"] = at(30, 1e-3, [*LORA, "8", *JUDGED], lowest=0)
 MAIN["lora8_lr3e-4"] = at(30, 3e-4, [*LORA, "8", *JUDGED], lowest=0)
+MAIN["lora8_lr3e-3"] = at(30, 3e-3, [*LORA, "8", *JUDGED], lowest=0)
 MAIN["regdpo_guided_losers"] = over_all(*REGDPO, "--guidance", "2")
 LONG = {name: [*MAIN[name], "--steps", "1500"]
         for name in ("dpo", "regdpo", "regdpo_r15", "sft", "dpo_cm_0.97_clip1", "sdpo_clip1")}
@@ -184,7 +185,7 @@ def prepare(flags):
         if f"data/{name}" in flags and not (ROOT / "data" / name).exists():
             make(ROOT / "data" / name)
     if "data/siblings/pairs.jsonl" in flags:
-        subprocess.run([sys.executable, "experiments/siblings.py", "make", "data/siblings", "2048"], cwd=ROOT, check=True)
+        subprocess.run([sys.executable, "experiments/siblings.py", "make", "data/siblings", "1024"], cwd=ROOT, check=True)
     for flag in flags:
         if flag.startswith("data/pairs_"):
             make_pairs(flag)
