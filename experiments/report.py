@@ -172,20 +172,14 @@ def sigma_table(runs):
 
 
 def long_table(runs):
-    """Marks after every 300 steps, of the average and of the raw weights, without guidance; the last also at 2."""
-    text = table_head("", "seeds", "step", *(f"{name}, {which}" for which in ("average", "raw") for name in SHOWN),
-                      *(f"{name}, average, g2" for name in SHOWN))
+    """Marks after every 300 steps, of the average and of the raw weights, without guidance."""
+    titles = [f"{'Fréchet' if name == 'frechet' else name}{note}" for note in ("", ", raw") for name in SHOWN]
+    text = table_head("", "step", *titles)
     for title, runs_of_setting in runs.items():
-        judged = runs_of_setting[0]["judged"]
-        for step in sorted({int(key.split()[0]) for key in judged}):
-            cells = []
-            for which in ("ema", "policy"):
-                for name in SHOWN:
-                    cells.append(spread([judged_mark(run, name, "1", f"{step} {which}") for run in runs_of_setting]))
-            for name in SHOWN if "2" in judged[f"{step} ema"] else ():
-                cells.append(spread([judged_mark(run, name, "2", f"{step} ema") for run in runs_of_setting]))
-            cells += [""] * (3 * len(SHOWN) - len(cells))
-            text += table_row(title, len(runs_of_setting), step, *cells)
+        for step in sorted({int(key.split()[0]) for key in runs_of_setting[0]["judged"]}):
+            cells = [spread([judged_mark(run, name, "1", f"{step} {which}") for run in runs_of_setting])
+                     for which in ("ema", "policy") for name in SHOWN]
+            text += table_row(title, step, *cells)
     return text
 
 
@@ -344,6 +338,10 @@ DIFFERENCES = (("sft", "base"), ("dpo", "base"), ("regdpo", "base"), ("regdpo", 
                ("sdpo_clip1", "dpo"))
 
 
+LAST = "1500 ema"
+LONG_DIFFERENCES = (("regdpo", "base"), ("dpo", "base"), ("regdpo", "dpo"))
+
+
 def importance_table():
     """Importance weights of the first steps by noise level (importance.py)."""
     rows = json.loads((ROOT / "experiments" / "logs" / "importance.json").read_text())
@@ -355,18 +353,10 @@ def importance_table():
     return text
 
 
-def compare_ranges(main_runs, above):
-    """The runs above sigma 0.6, each under the run over all noise levels of the same loss."""
-    rows = {}
-    for name, runs in above.items():
-        rows |= {f"{name}, all": main_runs[name], f"{name}, above 0.6": runs}
-    return rows
-
-
 def new_tables(runs):
     """{name: table} of the runs over all noise levels, and of what is compared with them."""
-    main_runs, above, long = runs["main"], runs["above"], runs["long"]
-    for title, group in (("main", main_runs | above), ("long", long)):
+    main_runs, long = runs["main"], runs["long"]
+    for title, group in (("main", main_runs), ("long", long)):
         check_one_code(title, group)
     of_main = {name: main_runs[name] for name in OF_MAIN if name in main_runs}
     losers = {"losers without guidance": main_runs["regdpo"]}
@@ -374,18 +364,17 @@ def new_tables(runs):
         losers["losers at guidance 2"] = main_runs["regdpo_guided_losers"]
     adapters = {"all weights": main_runs["regdpo"]}
     adapters |= {name: main_runs[name] for name in main_runs if name.startswith("lora")}
-    ranges = compare_ranges(main_runs, above)
     tables = {"main": judged_table(of_main), "sigma": sigma_table(of_main), "importance": importance_table(),
               "differences": difference_table(of_main, DIFFERENCES, "1"),
               "differences, guidance 2": difference_table(of_main, DIFFERENCES, "2"),
-              "long": long_table(long), "ranges": judged_table(ranges), "losers": judged_table(losers),
-              "adapters": judged_table(adapters)}
-    of_ranges = [(f"{name}, above 0.6", f"{name}, all") for name in above]
+              "long": long_table(long), "long, end": judged_table(long, LAST),
+              "long, differences": difference_table(long, LONG_DIFFERENCES, "1", LAST),
+              "long, differences, guidance 2": difference_table(long, LONG_DIFFERENCES, "2", LAST),
+              "losers": judged_table(losers), "adapters": judged_table(adapters)}
     of_adapters = [(name, "all weights") for name in adapters if name != "all weights"]
-    for name, rows, pairs in (("ranges", ranges, of_ranges), ("losers", losers, [tuple(losers)[::-1]]),
-                              ("adapters", adapters, of_adapters)):
-        tables[f"{name}, differences"] = difference_table(rows, pairs, "1") if len(rows) > 1 else ""
-        tables[f"{name}, differences, guidance 2"] = difference_table(rows, pairs, "2") if len(rows) > 1 else ""
+    for name, rows, pairs in (("losers", losers, [tuple(losers)[::-1]]), ("adapters", adapters, of_adapters)):
+        tables[f"{name}, differences"] = difference_table(rows, pairs, "1")
+        tables[f"{name}, differences, guidance 2"] = difference_table(rows, pairs, "2")
     return tables
 
 

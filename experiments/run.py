@@ -23,9 +23,9 @@ ROOT = Path(__file__).resolve().parent.parent
 PREPARING = Lock()                                 # one job makes what several need
 LOGS, OUT = ROOT / "experiments" / "logs", ROOT / "out" / "experiments"
 # the files that decide the numbers of a run
-DECIDE = ("data.py", "evaluate.py", "fsdp_utils.py", "lora.py", "losses.py", "memory.py", "model.py", "run_folder.py",
-          "sample.py", "samples.py", "toy.py", "train.py", "train_spo.py", "experiments/judge.py",
-          "experiments/variants.py")
+DECIDE = ("data.py", "evaluate.py", "experts.py", "fsdp_utils.py", "lora.py", "losses.py", "memory.py", "model.py",
+          "run_folder.py", "run_log.py", "sample.py", "samples.py", "toy.py", "train.py", "train_spo.py",
+          "experiments/judge.py", "experiments/variants.py")
 KEPT = ("step", "loss", "loss_dpo", "margin", "accuracy", "win_gap", "lose_gap", "dgr", "c_win", "c_lose",
         "err_win", "ref_err_win", "kept", "grad_norm", "saturated",
         "score", "score_end", "gap", "pairs", "policy_forwards", "score_forwards")
@@ -61,13 +61,12 @@ OBJECTIVES = {"sft": SFT, "dpo": DPO, "regdpo": REGDPO, "regdpo_r_scale_0.2": [*
 for loss in ("dpo_cm", "sdpo", "ipo", "dpop", "diffusion_sdpo"):
     OBJECTIVES[loss] = ["--loss", loss, "--ref", "cached"]
 
-# What each objective does with the same 512 GT-Pairs, the same steps and the same flags, over all noise levels; three
-# of them above sigma 0.6 alone; and five times as long, where a run goes on from the main table's.
+# What each objective does with the same 512 GT-Pairs, the same steps and the same flags, over all noise levels;
+# and five times as long, where a run goes on from the main table's.
 SHARES = {"regdpo_r15": [*REGDPO, "--r", "15"],                                # dgr at the start is beta / 2
           "dpo_cm_0.97_clip1": [*OBJECTIVES["dpo_cm"], "--threshold", "0.97", "--clip", "1"],
           "sdpo_clip1": [*OBJECTIVES["sdpo"], "--clip", "1"]}
 MAIN = {name: over_all(*flags) for name, flags in (OBJECTIVES | SHARES).items()}
-ABOVE = {name: mild(*OBJECTIVES[name], *JUDGED) for name in ("sft", "dpo", "regdpo")}
 LORA = ["--loss", "regdpo", "--lora_rank"]
 MAIN["lora8"] = at(30, 1e-3, [*LORA, "8", *JUDGED], lowest=0)
 MAIN["lora8_lr3e-4"] = at(30, 3e-4, [*LORA, "8", *JUDGED], lowest=0)
@@ -144,7 +143,7 @@ SPO = {"judge": JUDGE,
        "regdpo_equal": mild("--loss", "regdpo", *EQUAL),
        "dpo_equal": mild("--loss", "dpo", *EQUAL)}
 
-EXPERIMENTS = {"main": MAIN, "above": ABOVE, "long": LONG, "losses": LOSSES, "beta300": BETA_300, "beta1000": BETA_1000,
+EXPERIMENTS = {"main": MAIN, "long": LONG, "losses": LOSSES, "beta300": BETA_300, "beta1000": BETA_1000,
                "r": R, "r1000": R_1000, "beta": BETA, "identity": IDENTITY, "pairs": PAIRS, "former_base": FORMER_BASE,
                "better_base": BETTER_BASE, "spo": SPO}
 
