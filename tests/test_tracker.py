@@ -3,6 +3,7 @@ import json
 import os
 import struct
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -125,6 +126,8 @@ def wandb_records(path):
         if place % 2 ** 15 > 2 ** 15 - 7:                  # a block's last bytes, too few for a part
             place += 2 ** 15 - place % 2 ** 15
         _, size, kind = struct.unpack("<IHB", content[place:place + 7])       # checksum, size, whole 1 .. last 4
+        if place + 7 + size > len(content):                # the rest is not written yet
+            return
         parts.append(content[place + 7:place + 7 + size])
         place += 7 + size
         if kind in (1, 4):
@@ -134,12 +137,23 @@ def wandb_records(path):
             parts = []
 
 
+def finished_records(path, seconds=60):
+    """The records of a .wandb file, which a process of wandb's own may still be writing when the run has ended."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        records = list(wandb_records(path))
+        if records and records[-1].WhichOneof("record_type") == "exit":
+            return records
+        time.sleep(0.2)
+    raise AssertionError(f"{path} has no end after {seconds} s")
+
+
 def read_wandb(out):
     """Of each process of the run: (id, rows with their numbers, {step: picture}, flags)."""
     for folder in sorted((out / "wandb").glob("offline-run-*"), key=lambda folder: folder.stat().st_mtime):
         [file] = folder.glob("*.wandb")
         rows, pictures, flags, run_id = [], {}, {}, None
-        for record in wandb_records(file):
+        for record in finished_records(file):
             kind = record.WhichOneof("record_type")
             if kind == "run":
                 run_id = record.run.run_id
