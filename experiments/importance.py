@@ -29,7 +29,8 @@ def main():
     for i in range(BINS):
         here = weight[(sigma * BINS).long().clamp(max=BINS - 1) == i]
         below = {f"below {limit}": round((here < limit).float().mean().item(), 4) for limit in (0.9, 0.97)}
-        rows.append({"sigma": [i / BINS, (i + 1) / BINS], "pairs": len(here), "mean": round(here.mean().item(), 4), **below})
+        mean = round(here.mean().item(), 4)
+        rows.append({"sigma": [i / BINS, (i + 1) / BINS], "pairs": len(here), "mean": mean} | below)
     (ROOT / "experiments" / "logs" / "importance.json").write_text("[" + ",\n".join(map(json.dumps, rows)) + "]\n")
     print(*rows, sep="\n")
 

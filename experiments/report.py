@@ -3,8 +3,8 @@ Every table of docs/RESULTS.md and every figure it shows, and README.md's table 
 
     python experiments/report.py          # rewrites the tables, and docs/results_*.png   (needs matplotlib)
 
-A number is the mean over seeds, ± the distance of the farthest seed; without ± there was one seed. A difference has its
-95 % interval (paired.py). Rows of one table come from the same code and the same base; other rows are refused.
+A number is the mean over seeds, ± the distance of the farthest seed; without ± there was one seed. A difference has
+its 95 % interval (paired.py). Rows of one table come from the same code and the same base; other rows are refused.
 """
 import json
 import re
@@ -44,8 +44,8 @@ def check_one_code(title, runs):
                 found.setdefault(run.get(name), setting)
         if len(found) > 1:
             examples = ", ".join(f"{setting} has {value}" for value, setting in found.items())
-            sys.exit(f"table '{title}': expected runs of one {name}, found {len(found)} ({examples}); run the older ones "
-                     "again")
+            sys.exit(f"table '{title}': expected runs of one {name}, found {len(found)} ({examples}); run the older "
+                     "ones again")
 
 
 def read_base():
@@ -132,7 +132,9 @@ def judged_table(runs, when="300 ema", gaps=True):
 
 
 def difference(first, second, mark, guidance, when):
-    """first minus second with its interval, in text: lists of runs; each seed of first meets the same seed of second."""
+    """
+    first minus second with its interval, in text: lists of runs; each seed of first meets the same seed of second.
+    """
     of_second = "base" if "base" in second[0]["judged"] else when
     if of_second != "base":
         seeds = {run["seed"] for run in first} & {run["seed"] for run in second}

@@ -129,9 +129,9 @@ SPO_FLAGS = ["train_spo.py", "--sample_steps", "10", "--unbranched", "0", "--ste
              "--eval_clips", "0"]
 JUDGE = ["--loss", "preference", "--toy_clips", "4096", "--min_timestep", "0", "--batch_size", "32", "--steps", "600",
          "--decay_steps", "300", "--learning_rate", "2e-3"]
-SIBLING_JUDGE = ["--loss", "preference", "--data", "data/siblings/pairs.jsonl", "--min_timestep", "0", "--batch_size", "32",
-                 "--steps", "600", "--decay_steps", "300", "--learning_rate", "2e-3", "--probe_every", "0",
-                 "--eval_clips", "0"]
+SIBLING_JUDGE = ["--loss", "preference", "--data", "data/siblings/pairs.jsonl", "--min_timestep", "0",
+                 "--batch_size", "32", "--steps", "600", "--decay_steps", "300", "--learning_rate", "2e-3",
+                 "--probe_every", "0", "--eval_clips", "0"]
 DEFAULTS = ["train_spo.py", "--eval_clips", "0", "--save_every", "30", "--keep", "9"]
 EQUAL = ["--toy_clips", "128", "--steps", "150"]
 SPO = {"judge": JUDGE,
@@ -184,7 +184,8 @@ def prepare(flags):
         if f"data/{name}" in flags and not (ROOT / "data" / name).exists():
             make(ROOT / "data" / name)
     if "data/siblings/pairs.jsonl" in flags:
-        subprocess.run([sys.executable, "experiments/siblings.py", "make", "data/siblings", "1024"], cwd=ROOT, check=True)
+        making = [sys.executable, "experiments/siblings.py", "make", "data/siblings", "1024"]
+        subprocess.run(making, cwd=ROOT, check=True)
     for flag in flags:
         if flag.startswith("data/pairs_"):
             make_pairs(flag)
@@ -259,7 +260,9 @@ def keep(out, target, flags):
     if "--keep" in flags:
         head["judged"] = judge(out)
         last = list(head["judged"].values())[-2 if len(head["judged"]) > 1 else -1]
-        marks["after"] = {name: sum(last["1"][name]) / len(last["1"][name]) for name in ("drift", "background", "broken")}
+        marks["after"] = {}
+        for name in ("drift", "background", "broken"):
+            marks["after"][name] = sum(last["1"][name]) / len(last["1"][name])
         marks["after"]["frechet"] = last["1"]["frechet"]
     lines = ",\n".join(json.dumps(row) for row in kept)
     target.parent.mkdir(parents=True, exist_ok=True)

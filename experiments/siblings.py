@@ -1,6 +1,6 @@
 """
-A judge that was taught on siblings: pairs of the base's own clips of one caption, labelled by the exact metric, as SPO's
-authors train theirs on labelled pairs of generated images.
+A judge that was taught on siblings: pairs of the base's own clips of one caption, labelled by the exact metric, as
+SPO's authors train theirs on labelled pairs of generated images.
 
     python experiments/siblings.py make data/siblings 1024          # pairs.jsonl, its samples, and held-out pairs
     python experiments/siblings.py accuracy out/JUDGE/export        # by noise level, on 256 held-out pairs
