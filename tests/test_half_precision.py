@@ -126,7 +126,7 @@ def margins_of_all_losses(argv):
     with bf16_matrices():
         ranks, before, after = start_ranks(), {}, {}
         args = train.parse_args([*argv, "--loss", "dpo"])
-        memory, config = check_memory_flags(args), train.open_model(args)
+        memory, config = check_memory_flags(args), train.open_model(args, needs_ref=True)
         policy = fsdp_utils.build_model(args.init, config, ranks, memory, trained=True)
         ref = fsdp_utils.build_model(args.init, config, ranks, memory).eval().requires_grad_(False)
         batch = train.read_batch(args, open_data(args.data, pairs=True), range(4), ranks.device)
