@@ -116,17 +116,18 @@ def judged_mark(run, mark, guidance, when):
     return mean(value) if isinstance(value, list) else value
 
 
-def judged_table(runs, when="300 ema", gaps=True):
+def judged_table(runs, when="300 ema"):
     """Marks of each setting without guidance and at guidance 2, and the gaps at the end of training."""
     titles = [f"{'Fréchet' if name == 'frechet' else name}{note}" for note in ("", ", g2") for name in SHOWN]
-    text = table_head("", "seeds", *titles, *(("win_gap", "lose_gap") if gaps else ()))
+    text = table_head("", "seeds", *titles, "win_gap", "lose_gap")
     for title, runs_of_setting in ({"base": [read_base()]} | runs).items():
-        cells = ["" if title == "base" else len(runs_of_setting)]
+        is_base = title == "base"
+        cells = ["" if is_base else len(runs_of_setting)]
         for guidance in ("1", "2"):
             cells += [spread([judged_mark(run, name, guidance, when) for run in runs_of_setting]) for name in SHOWN]
-        for name in ("win_gap", "lose_gap") if gaps else ():
-            values = [] if title == "base" else gap(runs_of_setting, name)
-            cells.append(spread(values) if values else "0" if title == "base" else "")
+        for name in ("win_gap", "lose_gap"):
+            gaps = [0] if is_base else gap(runs_of_setting, name)
+            cells.append(spread(gaps, 0 if is_base else 3) if gaps else "")
         text += table_row(title, *cells)
     return text
 
@@ -338,8 +339,6 @@ DIFFERENCES = (("sft", "base"), ("dpo", "base"), ("regdpo", "base"), ("regdpo", 
                ("regdpo_r_scale_0.2", "regdpo"), ("regdpo_r15", "regdpo"), ("diffusion_sdpo", "regdpo"),
                ("diffusion_sdpo", "base"), ("dpo_cm", "dpo"), ("dpo_cm_0.97_clip1", "dpo"), ("sdpo", "dpo"),
                ("sdpo_clip1", "dpo"))
-
-
 LAST = "1500 ema"
 LONG_DIFFERENCES = (("regdpo", "base"), ("dpo", "base"), ("regdpo", "dpo"))
 

@@ -63,10 +63,10 @@ for loss in ("dpo_cm", "sdpo", "ipo", "dpop", "diffusion_sdpo"):
 
 # What each objective does with the same 512 GT-Pairs, the same steps and the same flags, over all noise levels;
 # and five times as long, where a run goes on from the main table's.
-SHARES = {"regdpo_r15": [*REGDPO, "--r", "15"],                                # dgr at the start is beta / 2
-          "dpo_cm_0.97_clip1": [*OBJECTIVES["dpo_cm"], "--threshold", "0.97", "--clip", "1"],
-          "sdpo_clip1": [*OBJECTIVES["sdpo"], "--clip", "1"]}
-MAIN = {name: over_all(*flags) for name, flags in (OBJECTIVES | SHARES).items()}
+VARIATIONS = {"regdpo_r15": [*REGDPO, "--r", "15"],                                # dgr at the start is beta / 2
+              "dpo_cm_0.97_clip1": [*OBJECTIVES["dpo_cm"], "--threshold", "0.97", "--clip", "1"],
+              "sdpo_clip1": [*OBJECTIVES["sdpo"], "--clip", "1"]}
+MAIN = {name: over_all(*flags) for name, flags in (OBJECTIVES | VARIATIONS).items()}
 LORA = ["--loss", "regdpo", "--lora_rank"]
 MAIN["lora8"] = at(30, 1e-3, [*LORA, "8", *JUDGED], lowest=0)
 MAIN["lora8_lr3e-4"] = at(30, 3e-4, [*LORA, "8", *JUDGED], lowest=0)
@@ -259,11 +259,10 @@ def keep(out, target, flags):
             "marks": marks, "by_sigma": by_sigma(rows[-50:]), "probe": rows[-1].get("probe")}
     if "--keep" in flags:
         head["judged"] = judge(out)
-        last = list(head["judged"].values())[-2 if len(head["judged"]) > 1 else -1]
-        marks["after"] = {}
+        at_the_end = head["judged"][f"{rows[-1]['step'] + 1} ema"]["1"]       # of the average, without guidance
+        marks["after"] = {"frechet": at_the_end["frechet"]}
         for name in ("drift", "background", "broken"):
-            marks["after"][name] = sum(last["1"][name]) / len(last["1"][name])
-        marks["after"]["frechet"] = last["1"]["frechet"]
+            marks["after"][name] = sum(at_the_end[name]) / len(at_the_end[name])
     lines = ",\n".join(json.dumps(row) for row in kept)
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(head)[:-1] + f', "log": [\n{lines}]}}\n')
