@@ -78,7 +78,7 @@ def steps_of(config, ranks):
     """Return [(what is new, flags)] of a table: bench.py's rungs, and between them what is of interest here only."""
     full = ("--checkpointing", "full")
     whole = (*full, "--chunk_tokens", "0")
-    rows = [(PEER, full)]
+    rows = [(PEER, whole)]                                           # its blocks know no chunks
     for new, flags in bench.rungs(ranks, config):
         if new == "FSDP":
             rows.append(("our blocks, off", flags))
