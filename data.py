@@ -214,7 +214,7 @@ def file_inside(folder, name, where, may_miss=False):
         inside = not Path(name).is_absolute() and (root / name).resolve().is_relative_to(root)
         exists = inside and (Path(folder) / name).is_file()
     except (OSError, RuntimeError, ValueError) as error:   # name too long, ring of links, zero byte
-        raise ValueError(f"{where}: {name!r:.200} is no file name ({error})") from error
+        raise ValueError(f"{where}: {name!r:.200} is not a file name ({error})") from error
     if not inside:
         raise ValueError(f"{where}: {name!r} leads out of {folder} (or is absolute, or a link that does); a manifest "
                          "names files of its own folder")
@@ -480,10 +480,10 @@ def write_pairs(path, pairs):
 def main(argv):
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-    parser.add_argument("--scores", required=True, help="a .jsonl: a sample and its score, higher is better, a line")
+    parser.add_argument("--scores", required=True, help="a .jsonl: a sample and its score a line; higher is better")
     parser.add_argument("--out", required=True, help="the .jsonl of pairs to write, for --data")
-    parser.add_argument("--margin", type=float, default=0.0, help="keep pairs whose scores differ by more than this")
-    parser.add_argument("--all", action="store_true", help="all such pairs of a prompt, not only its best and worst")
+    parser.add_argument("--margin", type=float, default=0.0, help="keep pairs whose scores differ by more (default: 0)")
+    parser.add_argument("--all", action="store_true", help="keep all such pairs of a prompt, not just one")
     args = parser.parse_args(argv)
     if not 0 <= args.margin < math.inf:
         raise ValueError(f"--margin {args.margin}: expected a number of 0 or more")

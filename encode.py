@@ -89,7 +89,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Job:
-    """A video and those of its clips that are to be encoded."""
+    """A video and the clips to encode from it."""
     film: Film
     prompt: str
     picks: list                                                       # the picture of each resampled frame: on_show
@@ -269,7 +269,7 @@ def clip_conditions(codecs, config, video, text_only):
 
 def store_empty_caption(args, codecs):
     """
-    Write what the text encoder makes of "" next to the samples, for caption dropout and guidance.
+    Write the text encoder's output for "" next to the samples, for caption dropout and guidance.
 
     Raises ValueError where the folder holds that of another encoder.
     """
@@ -381,15 +381,19 @@ def decode_folder(args):
 # ---------------------------------------------------------------------------------------------------------------------
 # command line
 
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Prints the description as it stands, and the default of each flag."""
+
+
 def parse_args(argv=None):
-    parser = argparse.ArgumentParser(description="Video files and prompts to samples; samples to video files.",
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     add = parser.add_argument
     add("--videos", type=str, default="",
         help="folder of video files with metadata.jsonl or metadata.csv (columns video, prompt)")
     add("--decode", type=str, default="",
         help="instead of --videos: folder of samples to turn into mp4 files and a contact sheet")
-    add("--out", type=str, required=True, help="folder to write to; samples that exist already are kept if they fit")
+    add("--out", required=True, default=argparse.SUPPRESS,
+        help="folder to write to; samples that exist already are kept if they fit")
     add("--skip_damaged", action="store_true",
         help="leave damaged videos out, count and list them; without it, one is an error")
     add("--prune", action="store_true",

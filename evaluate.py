@@ -49,9 +49,8 @@ def make_real(folder, count, seed=0, held_out=False):
 
 def make_toy_data(init, config, ranks, sampler, count, seed=0, held_out=False, pairs=True):
     """
-    Make a data set of the embedded world once: `count` real clips and, with `pairs`, the clips that the base model at
-    `init` makes of the same captions with this sampler. All ranks call it. Returns its folder, whose name says what it
-    depends on.
+    Make a data set of the embedded world once: `count` real clips and, with `pairs`, clips of the same captions by the
+    base model at `init` and this sampler. All ranks call it. Returns its folder, whose name says what it depends on.
     """
     name = f"toy_held_out_{count}" if held_out else f"toy_{count}"
     if pairs:
@@ -170,7 +169,7 @@ class HeldOut:
 
     def judge(self, title, model, ranks, keep=False):
         """
-        Mark clips that the model makes of the captions, always with the same seeds. All ranks call it. Returns them.
+        Sample clips of the captions, always with the same seeds, and mark them. All ranks call it. Returns the clips.
         """
         latents = sample_held_out(model, self.sampler, self.captions, ranks)
         return self.mark(title, latents, keep)
@@ -219,8 +218,8 @@ class HeldOut:
 
 class Preview:
     """
-    What a model makes of a few captions of any data in the course of a run, with the same noise each time, as HeldOut
-    for the embedded world. It writes latents, so that training holds no decoder: real, before and now next to each
+    Samples of a few captions of any data in the course of a run, with the same noise each time, as HeldOut has them for
+    the embedded world. It writes latents, so that training needs no decoder: real, before and now next to each
     other in one sample, which `encode.py --decode` turns into one mp4. Pictures show them in false colours.
     """
 
@@ -503,7 +502,7 @@ def main(argv):
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.add_argument("data", help="a folder with real/ and negatives*/, or a .jsonl of pairs")
     parser.add_argument("--sigma", type=float, default=0.0, help="the lowest sigma that will be trained on: "
-                                                                 "--min_timestep / 1000")
+                                                                 "--min_timestep / 1000 (default: 0)")
     args = parser.parse_args(argv)
     print(audit_report(open_data(args.data, pairs=True), args.sigma))
 

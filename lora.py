@@ -185,7 +185,7 @@ def add_lora_flags(parser):
     add("--lora_alpha", type=float, default=0.0, help="adapters are scaled by alpha / rank; 0: the rank, or the alpha "
                                                       "of --init_lora")
     add("--lora_targets", default=TARGETS, help="layers of blocks with adapters; the image branch has k_img and v_img")
-    add("--init_lora", default="", help="adapters to start from, which are also the reference: a LoRA file")
+    add("--init_lora", default="", help="LoRA file to start from, which is then also the reference")
 
 
 def check_lora_flags(args):

@@ -42,7 +42,7 @@ def add_memory_flags(parser):
     add("--chunk_tokens", type=int, default=-1,
         help="tokens that the token-wise parts of a block run on at a time, in the modes chunked and full; 0: all of "
              "them; -1: 8192")
-    add("--compile", action="store_true", help="torch.compile the blocks")
+    add("--compile", action="store_true", help="compile the blocks with torch.compile")
     add("--offload_activations", action="store_true", help="what blocks keep for backward waits in CPU memory")
     add("--offload_params", action="store_true",
         help="weights, gradients, AdamW's state and the average stay in CPU memory, and AdamW runs there")
@@ -77,12 +77,12 @@ def save_memory(model, flags, trained):
         selective  22 / 22    1.03 / 1.03   attention and all matrix products but the first of the FFN
         chunked     6 / 6     1.10 / 1.18   the residual stream and attention; what treats token by token runs on
                                             --chunk_tokens tokens at a time, in forward and again in backward, so that
-                                            what backward makes of one block does not grow with the video
+                                            the temporaries of one block do not grow with the video
         full        2 / 2     1.30 / 1.31   the stream before every second block; two blocks are recomputed at a time
                     2 / 2     1.35 / 1.40   the same with chunks, for videos that are longer than one chunk
 
-    With adapters in all layers off keeps 66 / 53 bytes, as frozen norms and modulation ask for less; the others keep
-    what stands here, and selective 0.3 / 0.1 more for the products of rank 32.
+    With adapters in all layers, off keeps 66 / 53 bytes, since frozen norms and modulation need less; the other modes
+    keep the same, and selective keeps 0.3 / 0.1 more for the products of rank 32.
     offload_activations: what is kept waits in CPU memory. chunked then keeps q, k and v too (12 bytes); full keeps the
     stream before every block (4 bytes) and recomputes one block at a time (1.31 / 1.34 with chunks).
     compile: torch.compile of the blocks or, with chunks, of their token-wise halves.
@@ -189,7 +189,7 @@ def memory_plan(args, model, tokens, videos, needs_ref, ranks):
     kept *= videos * config.num_layers * share * config.dim / 2 ** 30
     activations_place = " (CPU)" if args.offload_activations else ""
     parts.append(f"kept activations {kept:.3f}{activations_place}")
-    return f"memory per rank in GiB: {', '.join(parts)}; on top what backward makes of one block at a time"
+    return f"memory per rank in GiB: {', '.join(parts)}; plus the temporaries of one block in backward"
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -218,13 +218,13 @@ def add_folder_flags(parser, save_every):
     """Flags of what a trainer keeps in its folder."""
     add = parser.add_argument
     add("--save_every", type=int, default=save_every, help="steps between checkpoints")
-    add("--keep", type=int, default=2, help="checkpoints that stay on disk")
+    add("--keep", type=int, default=2, help="number of checkpoints kept on disk")
     add("--save_minutes", type=float, default=30.0,
         help="also save every this many minutes (0: off). SIGTERM and SIGINT save too, and stop")
     add("--tracker", default="none", choices=["none", *TRACKERS],
         help="also send rows, previews and flags to TensorBoard (out/RUN/tensorboard) or to Weights & Biases")
-    add("--resume", default="", help="a step folder, 'latest', or 'auto': latest where there is one. Ranks that "
-                                     "torchrun --max-restarts restarts resume by themselves")
+    add("--resume", default="", help="a step folder, 'latest', or 'auto': latest where there is one. Ranks "
+                                     "restarted by torchrun --max-restarts resume by themselves")
 
 
 # ------------------------------------------------------------------------------------------------------------------

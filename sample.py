@@ -212,7 +212,7 @@ def generate(model, context, seeds, shape, sampler, negative=None, low=None, dev
     context     list of B tensors (T, D)
     seeds       B integers; each draws its own noise, so a video does not depend on its batch
     shape       (C, F, H, W) of a video's latents
-    negative    context (T, D) of the negative branch, which guidance needs: what the text encoder makes of a text or ""
+    negative    context (T, D) of the negative branch, which guidance needs: the encoding of a text, or of ""
     low         function that returns the low-noise expert, which answers below timestep 1000 * sampler.boundary. It is
                 called when it is needed and the model has moved to the CPU: a GPU never holds both
     device      where to compute, if not where the model's parameters are (offloaded)
@@ -360,9 +360,12 @@ DEFAULTS = {
 }
 
 
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Prints the description as it stands, and the default of each flag."""
+
+
 def parse_args(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     add = parser.add_argument_group("what to make").add_argument
     add("--prompts", nargs="+", default=[], help="make videos: prompts, or .txt files with a prompt a line")
     add("--pairs", default="", help="make negatives: folder with real/*.safetensors")
@@ -371,7 +374,7 @@ def parse_args(argv):
     add("--low_lora", nargs="+", default=[], metavar="FILE[:SCALE]", help="adapters of the low-noise expert")
     add("--offload_params", action="store_true", help="on a small GPU: the model's and the text encoder's blocks stay "
         "in CPU memory, and each is copied to the GPU when its turn comes")
-    add("--weights", default="", help="folder with Wan's text encoder, tokenizer, VAE and CLIP; default: --init")
+    add("--weights", default="", help="folder with Wan's text encoder, tokenizer, VAE and CLIP; if empty, --init")
     add("--seed", type=int, default=0, help="seed of all noise")
     add("--batch_size", type=int, default=0, help="videos made together; 0: 1 for Wan, 64 for the embedded world")
     add = parser.add_argument_group("with --prompts (0: the value of the model's authors)").add_argument
@@ -379,8 +382,8 @@ def parse_args(argv):
         "transparent parts are put on white")
     add("--last_image", nargs="+", default=[], help="last frame (flf2v): a picture for all prompts or for each")
     add("--per_prompt", type=int, default=1, help="samples of each prompt")
-    add("--name_by", default="number", choices=["number", "prompt", "prompt180"], help="names of the files: 00000, or "
-        "PROMPT-0 as VBench has them, or that of the first 180 characters as VBench-2.0")
+    add("--name_by", default="number", choices=["number", "prompt", "prompt180"], help="names of the "
+        "files: 00000, PROMPT-0 (as in VBench), or the prompt cut to 180 characters (as in VBench-2.0)")
     add("--out", default="samples", help="folder to write samples, mp4 files and a contact sheet to")
     add("--frames", type=int, default=0, help="frames of a video")
     add("--size", type=int, nargs=2, default=[0, 0], metavar=("H", "W"), help="pixels; pictures are cropped to this")
@@ -393,7 +396,7 @@ def parse_args(argv):
     add("--solver", default="auto", help=" or ".join(SOLVERS))
     add("--steps", type=int, default=0, help="steps of the solver")
     add("--flow_shift", type=float, default=0.0, help="shift of the sigmas towards noise")
-    add("--guidance", type=float, default=0.0, help="classifier-free guidance, 1 is none; default with --pairs: 1")
+    add("--guidance", type=float, default=0.0, help="classifier-free guidance, 1: none; 0 with --pairs: none")
     add("--low_guidance", type=float, default=0.0, help="guidance of the low-noise expert; 0: --guidance, if given")
     add("--boundary", type=float, default=0.0, help="sigma below which the low-noise expert takes over")
     add("--negative_prompt", default="official", help="text of the negative branch of guidance")

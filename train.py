@@ -114,7 +114,7 @@ OBJECTIVES = {
         (Flag("tau", 50.0, "aim at a margin of 1 / (2 tau)"),), scale=lambda args: args.tau),
     "dpop": Objective(
         lambda args, pair: losses.dpop_loss(*pair[:4], args.beta, args.penalty),
-        (BETA, Flag("penalty", 5.0, "weight of a win that got worse than the reference's"))),
+        (BETA, Flag("penalty", 5.0, "weight of the penalty for a win denoised worse than by the reference"))),
     "diffusion_sdpo": Objective(
         lambda args, pair: losses.diffusion_sdpo_loss(
             *pair[:4], args.beta, safeguard_coefficient(*pair.outputs, args.mu)),
@@ -134,23 +134,28 @@ MAY_CHANGE = {
 # ------------------------------------------------------------------------------------------------------------------
 # flags
 
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Prints the description as it stands, and the default of each flag."""
+
+
 def parse_args(argv):
-    raw = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     add = p.add_argument
     # what to train
-    add("--loss", default="regdpo", choices=OBJECTIVES, help="preference trains a scorer for train_spo.py")
-    add("--model", default="auto", choices=["auto", *CONFIGS], help="what --init must hold")
+    add("--loss", default="regdpo", choices=OBJECTIVES, help="objective, see losses.py; preference trains a scorer")
+    add("--model", default="auto", choices=["auto", *CONFIGS], help="the model that --init must hold; auto: any")
     add("--init", default="toy_base", help="weights of policy and reference; 'scratch': random ones")
     add("--data", default="toy", help="folder with real/ and negatives*/, .jsonl of pairs, or 'toy'")
-    add("--bad_samples", default="stop", choices=["stop", "skip"], help="skip: use the next good one")
+    add("--bad_samples", default="stop", choices=["stop", "skip"],
+        help="unreadable samples: stop, or skip (use the next good one and count it in the log)")
     add("--out", default="out/{loss}", help="the run's folder")
     add("--seed", type=int, default=0, help="seed of order, sigma and noise")
     # the objective
     for flag in objective_flags().values():
         users = ", ".join(name for name, objective in OBJECTIVES.items() if flag in objective.flags)
         add(f"--{flag.name}", type=flag.type, default=flag.default, help=f"{flag.help} (--loss {users})")
-    add("--timestep_sampling", default="uniform", choices=["uniform", "logit_normal"])
+    add("--timestep_sampling", default="uniform", choices=["uniform", "logit_normal"],
+        help="distribution of sigma before the shift; logit_normal: sigmoid(N(0, 1))")
     add("--flow_shift", type=float, default=3.0, help="shift of the sigmas of training and sampling")
     add("--min_timestep", type=float, default=0.0, help="lowest timestep trained on, after the shift")
     add("--max_timestep", type=float, default=1000.0, help="highest timestep trained on")
@@ -158,21 +163,23 @@ def parse_args(argv):
     add("--steps", type=int, default=300, help="optimizer steps")
     add("--switch_every", type=int, default=0, help="steps in a row with one expert, where --init holds two; 0: 10")
     add("--batch_size", type=int, default=16, help="pairs a step, over all ranks and accumulation steps")
-    add("--grad_accum", type=int, default=1, help="parts that a rank's pairs of a step are split into")
-    add("--learning_rate", type=float, default=1e-4, help="for the tiny model; Wan: 1e-6 to 1e-5")
-    add("--weight_decay", type=float, default=1e-3, help="AdamW's")
+    add("--grad_accum", type=int, default=1, help="parts that a rank splits its pairs of a step into")
+    add("--learning_rate", type=float, default=1e-4, help="suits the tiny model; Wan: 1e-6 to 1e-5")
+    add("--weight_decay", type=float, default=1e-3, help="weight decay of AdamW")
     add("--warmup_steps", type=int, default=20, help="first steps (of each expert), over which the learning rate rises")
     add("--decay_steps", type=int, default=0, help="last steps, over which the learning rate falls to 0")
     add("--max_grad_norm", type=float, default=1.0, help="clip the gradient to this norm; inf: do not clip")
-    add("--loss_scale", type=float, default=0.0, help="of the gradient; 0: c_win starts at about 1")
-    add("--ema_decay", type=float, default=0.98, help="of the average that is exported; 0: no average")
+    add("--loss_scale", type=float, default=0.0, help="multiplies the loss; 0: so that c_win starts near 1")
+    add("--ema_decay", type=float, default=0.98, help="decay of the exported average of weights; 0: no average")
     lora.add_lora_flags(p)       # --lora_rank --lora_alpha --lora_targets --init_lora
     # memory and ranks
-    add("--backward", default="joint", choices=["joint", "sequential", "pair"], help="see backward_batch")
-    add("--cp_size", type=int, default=1, help="ranks that share the tokens of each video")
-    add("--replicate", type=int, default=1, help="groups of ranks (nodes) that each hold all weights")
+    add("--backward", default="joint", choices=["joint", "sequential", "pair"],
+        help="win and lose of a pair in one graph, one after the other (less memory), or on two ranks")
+    add("--cp_size", type=int, default=1, help="number of ranks that share the tokens of each video")
+    add("--replicate", type=int, default=1, help="number of groups of ranks (nodes) that each hold all weights")
     add("--ref", default="auto", choices=["auto", "live", "offload", "cached"],
-        help="the frozen reference: sharded, in CPU memory, or scored once; auto: live, or the policy's first adapters")
+        help="the frozen reference: live (sharded), offload (in CPU memory) or cached (scored once, before training); "
+             "auto: live, or for adapters the policy with its initial ones")
     add_memory_flags(p)     # --checkpointing --chunk_tokens --compile --offload_activations --offload_params
     # the run's folder
     run_folder.add_folder_flags(p, save_every=100)     # --save_every --keep --save_minutes --resume

@@ -51,12 +51,16 @@ SHOWN = ("score", "score_end", "gap", "kept", "loss", "accuracy", "margin", "cli
 # ------------------------------------------------------------------------------------------------------------------
 # flags
 
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Prints the description as it stands, and the default of each flag."""
+
+
 def parse_args(argv):
-    raw = argparse.RawDescriptionHelpFormatter
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     # what to train
     p.add_argument("--init", default="toy_base", help="weights of policy and reference")
-    p.add_argument("--score", default="toy", help="a preference model (train.py --loss preference), or 'toy': drift")
+    p.add_argument("--score", default="toy",
+                   help="a preference model (train.py --loss preference), or 'toy': the drift")
     p.add_argument("--data", default="toy", help="folder of samples, whose captions and conditions are used, or 'toy'")
     p.add_argument("--out", default="out/spo", help="the run's folder")
     p.add_argument("--seed", type=int, default=0, help="seed of captions, roll-outs and pools")
@@ -74,22 +78,23 @@ def parse_args(argv):
     # the objective
     p.add_argument("--beta", type=float, default=500.0, help="multiplies a mean log-ratio (SPO 10, LPO 500)")
     p.add_argument("--clip", type=float, default=0.1, help="clamp density ratios to [1 - clip, 1 + clip]")
-    p.add_argument("--step_weight", default="none", choices=["none", "inverse"], help="see transition_loss")
+    p.add_argument("--step_weight", default="none", choices=["none", "inverse"],
+                   help="inverse: weigh log-densities so that each sampler step pulls alike")
     # the optimizer
     p.add_argument("--steps", type=int, default=30, help="roll-outs")
     p.add_argument("--batch_size", type=int, default=16, help="captions a step, over all ranks and accumulation steps")
     p.add_argument("--updates", type=int, default=4, help="optimizer steps a roll-out")
-    p.add_argument("--grad_accum", type=int, default=1, help="parts that a rank's captions of a step are split into")
-    p.add_argument("--learning_rate", type=float, default=3e-4, help="for the tiny model; Wan: 1e-6 to 1e-5")
-    p.add_argument("--weight_decay", type=float, default=1e-3, help="AdamW's")
+    p.add_argument("--grad_accum", type=int, default=1, help="parts that a rank splits its captions into")
+    p.add_argument("--learning_rate", type=float, default=3e-4, help="suits the tiny model; Wan: 1e-6 to 1e-5")
+    p.add_argument("--weight_decay", type=float, default=1e-3, help="weight decay of AdamW")
     p.add_argument("--warmup_steps", type=int, default=10, help="first updates, over which the learning rate rises")
-    p.add_argument("--max_grad_norm", type=float, default=1.0, help="clip the gradient of loss / beta; inf: do not")
-    p.add_argument("--ema_decay", type=float, default=0.95, help="of the average that is exported; 0: no average")
+    p.add_argument("--max_grad_norm", type=float, default=1.0, help="clip the gradient of loss / beta to this norm")
+    p.add_argument("--ema_decay", type=float, default=0.95, help="decay of the exported average of weights; 0: none")
     add_lora_flags(p)       # --lora_rank --lora_alpha --lora_targets --init_lora
     # memory and ranks
-    p.add_argument("--cp_size", type=int, default=1, help="ranks that share the tokens of each video")
-    p.add_argument("--ref", default="auto", choices=["auto", "live", "offload"], help="offload: it and --score on the "
-                   "CPU; auto: live, or with adapters the policy with its initial ones")
+    p.add_argument("--cp_size", type=int, default=1, help="number of ranks that share the tokens of each video")
+    p.add_argument("--ref", default="auto", choices=["auto", "live", "offload"], help="offload: reference and --score "
+                   "in CPU memory; auto: live, or for adapters the policy with its initial ones")
     add_memory_flags(p)     # --checkpointing --chunk_tokens --compile --offload_activations --offload_params
     # the run's folder
     add_folder_flags(p, save_every=10)      # --save_every --keep --save_minutes --resume

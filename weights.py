@@ -462,16 +462,20 @@ def check_out(source, out, format):
             raise ValueError(f"--out {out} is inside {folder}, a run's own folder; name a file or folder outside of it")
 
 
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Prints the description as it stands, and the default of each flag."""
+
+
 def parse_args(argv):
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                allow_abbrev=False)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     p.add_argument("source", metavar="SOURCE", help="step folder of a run, export, any public checkpoint, or LoRA file")
-    p.add_argument("--out", required=True, help="a new folder, or for comfyui and lora* a new .safetensors file")
+    p.add_argument("--out", required=True, default=argparse.SUPPRESS,
+                   help="a new folder, or for comfyui and lora* a new .safetensors file")
     p.add_argument("--format", default="original", choices=[*FORMATS, *LORA_FORMATS],
                    help="names and files that are written; adapters: lora* or, merged, any of the others")
     p.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="number type of every tensor")
     p.add_argument("--base", default="", help="weights that SOURCE was trained from: adapters are merged into them, "
-                   "and they tell how much of the training bfloat16 keeps; default: the --init of the run")
+                   "and they tell how much of the training bfloat16 keeps; if empty, the --init of the run")
     p.add_argument("--weights", default="auto", choices=["auto", "ema", "policy"],
                    help="which weights of a step folder: the average (ema) or the policy; auto: the average, if kept")
     return p.parse_args(argv)

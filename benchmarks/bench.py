@@ -454,9 +454,13 @@ MEASURED = ("--checkpointing off", "--checkpointing selective", "--checkpointing
             "--checkpointing full --backward sequential --ref offload --offload_activations")
 
 
+class Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Prints the description as it stands, and the default of each flag."""
+
+
 def parse_args(argv):
     p = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        description=__doc__, formatter_class=Help, allow_abbrev=False,
         epilog="All other flags are train.py's; to measure several runs, put '+' between the flags of two runs.")
     add = p.add_argument
     add("--plan", action="store_true",
@@ -477,7 +481,7 @@ def parse_args(argv):
     # of measurements
     add("--warm_up", type=int, default=2, help="steps before those that are timed")
     add("--timed", type=int, default=5, help="steps whose median is shown")
-    add("--weights", default="", help="folder with weights to measure on; default: random ones")
+    add("--weights", default="", help="folder with weights to measure on; if empty, random ones")
     add("--within", type=float, default=0.0, help="GB of GPU memory that a run may take; 0: all")
     add("--with_plan", action="store_true", help="show the plan's memory on a CPU too, where it is in bf16")
     args, flags = p.parse_known_args(argv)
