@@ -145,9 +145,12 @@ def dpo_loss(err_win, err_lose, ref_err_win, ref_err_lose, beta):
 
 def regdpo_loss(err_win, err_lose, ref_err_win, ref_err_lose, beta, r=None, r_scale=1.0, r_min=0.0):
     """
-    Reg-DPO (arXiv 2511.01450, gradient Eq. 49): DPO plus SFT on the wins, at no extra forward pass. All errors (B,):
+    Reg-DPO (arXiv 2511.01450, gradient Eq. 49): DPO plus SFT on the wins, at no extra forward pass. Mean squared
+    velocity errors (B,), each from flow_error: err of the policy, ref_err of a frozen reference under no_grad; both
+    videos of a pair share noise and sigma.
 
         losses = -log sigmoid(margin) + r * err_win
+        margin = -beta * ((err_win - ref_err_win) - (err_lose - ref_err_lose)),   dgr = beta * sigmoid(-margin)
         r      = the number given; for None, max(r_scale * dgr, r_min) of each pair, detached
 
     c_win, c_lose = dgr + r, dgr. The paper uses r = dgr (the defaults) and, fixed, 25 to 500 at beta 1000.
