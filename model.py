@@ -478,7 +478,7 @@ def hold_first_frame(x, timestep, first_latent, patch_size):
     """
     TI2V with a given image: put the clean first_latent (B,C,1,H,W) in frame 0 of the noisy latents x (B,C,F,H,W), and
     give its tokens timestep 0; all others keep timestep (B,). Returns x (B,C,F,H,W) and timestep (B,L) for the model,
-    whose output for frame 0 is to be ignored.
+    whose output for frame 0 the caller ignores.
     """
     tokens_per_frame = math.prod(x.shape[3:]) // math.prod(patch_size[1:])
     frames = torch.arange(x.shape[2] // patch_size[0], device=x.device)

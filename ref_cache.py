@@ -62,7 +62,7 @@ def errors_file(out, key):
 def open_errors(path, key, positions):
     """
     The reference's errors scored so far: (positions or more, 2) float32, win and lose, NaN where a position is not
-    scored yet. All ranks read the file. ValueError if the file at path was scored with another key, or is no such file.
+    scored yet. All ranks read the file. ValueError if the file was scored with another key, or holds something else.
     """
     errors = torch.full((positions, 2), float("nan"))
     if not Path(path).exists():
@@ -88,9 +88,9 @@ def score_reference(path, key, errors, steps, batch_size, score, positions, rank
     """
     Score the missing positions of these steps and fill them into errors (of open_errors), on every rank alike.
 
-    score(range of positions) -> (2, B). positions(step) -> the ranges of this rank, as in training, so that an error is
-    what it would be there to the last bit. The file at path is written every so many seconds and at the end, so a run
-    that is killed continues from there.
+    score(range of positions) -> (2, B). positions(step) -> the ranges of this rank, as in training, so that each
+    error is bit for bit that of training. The file at path is written every `every` seconds and at the end, and a run
+    that is killed continues from it.
     """
     def write():
         write_whole(path, save({"errors": errors}, metadata={"key": json.dumps(key)}))

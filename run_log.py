@@ -102,7 +102,7 @@ class Log:
     The log of a run, on its first rank; on others it does nothing. A row goes to out/log.jsonl and to the tracker, and
     to the terminal: as a line every --log_every steps or, where people watch (sys.stdout is a terminal), into a bar.
 
-    rows: those that a resumed run goes on after. Closed by run_folder.closes_at_end.
+    rows: those of the steps before a resumed run's first. run_folder.closes_at_end closes the log.
     """
 
     def __init__(self, args, start, ranks, shown=SHOWN):

@@ -7,7 +7,7 @@ A sample is one .safetensors file:
     others                   conditions of the variant (image condition, ...), kept by name
     header metadata          strings: prompt, seed, source, ...
 
-empty_caption.context, next to samples, holds what the text encoder makes of "": a safetensors file with context (T, D).
+empty_caption.context, next to samples, holds the text encoder's output for "": a safetensors file with context (T, D).
 """
 import hashlib
 import json
@@ -27,7 +27,7 @@ DTYPES = {
 }
 # What items and batches hold in addition to tensors of the sample file: no condition may have one of these names.
 ITEM_KEYS = {"win", "lose", "name", "names", "source", "metadata", "sigma", "noise"}
-# What the text encoder makes of "", next to the samples. It is not a sample, so it does not end in .safetensors.
+# The text encoder's output for "", next to the samples. It is not a sample, so it does not end in .safetensors.
 EMPTY_CAPTION = "empty_caption.context"
 
 

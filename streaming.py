@@ -53,7 +53,7 @@ class Stream:
         return weights
 
     def run(self, number, *inputs, **options):
-        """What the block makes of its inputs, which are on the device."""
+        """The output of block `number` for these inputs, which are on the device."""
         weights = self.fetched.pop(number, None) or self.fetch(number)
         if self.copies is not None:
             torch.cuda.current_stream(self.device).wait_stream(self.copies)

@@ -108,7 +108,7 @@ def check_file_name(file, name_by):
     if re.search(r"[/\x00-\x1f\x7f]", file):
         problem = "no file's name has a slash, a line feed or another control character"
     elif file.startswith((".", "-")):
-        problem = "a prompt that is empty or begins with a dot or a minus is no name"
+        problem = "a prompt that is empty or begins with a dot or a minus cannot be a name"
     elif len(file.encode()) > 255:
         problem = f"it takes {len(file.encode())} bytes, and a file's name has at most 255"
     if problem:

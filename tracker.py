@@ -92,8 +92,8 @@ def numbers_of(row):
 
 class Tracker:
     """
-    What --tracker names, or nothing. Its faults are printed as warnings, the first of several in a row; the run goes on
-    without what was to be sent.
+    The tracker that --tracker names, or none. Its errors are printed as warnings, only the first of several in a row,
+    and the run continues without sending.
     """
 
     def __init__(self, name, out, start, config):

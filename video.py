@@ -394,7 +394,7 @@ def check_picture(path, frame):
 
 def orientation(frame):
     """
-    How a picture is to be turned: whether to transpose it, then to mirror it left to right, then top to bottom.
+    How to turn a picture: whether to transpose it, then to mirror it left to right, then top to bottom.
 
     The display matrix (a b u, c d v, x y w) moves the point (x, y) to (a x + c y, b x + d y). ValueError for a matrix
     that is not one of the eight of quarter turns and mirrors; its scale is left out.

@@ -260,9 +260,9 @@ def tile_weights(start, size, tile, pixels):
 
 def decode_in_tiles(decode, latents, tile, pixels):
     """
-    The video (3, F, pixels * h, pixels * w) of latents (C, f, h, w) from tiles of at most tile x tile latents, of which
-    decode makes parts of the video: where tiles overlap, one fades into the other. A decoder that sees no further than
-    UNUSED latents gives what it makes of the whole. What fits into one tile is decoded as a whole.
+    The video (3, F, pixels * h, pixels * w) of latents (C, f, h, w) from tiles of at most tile x tile latents,
+    decoded one by one: where tiles overlap, one fades into the other. A decoder that sees no further than UNUSED
+    latents gives the same video as without tiles. What fits into one tile is decoded as a whole.
     """
     height, width = latents.shape[2:]
     if max(height, width) <= tile:

@@ -298,7 +298,7 @@ def test_a_jsonl_names_pairs_relative_to_its_own_folder(tmp_path, monkeypatch):
                                                                                    "leads out of"),
     ({"win": "w.safetensors", "lose": "/etc/passwd", "prompt": "a red ball"}, "pairs.jsonl:2: '/etc/passwd' leads out "
                                                                               "of"),
-    ({"win": "w.safetensors", "lose": "a\0b", "prompt": "a red ball"}, "pairs.jsonl:2: 'a\\x00b' is no file name"),
+    ({"win": "w.safetensors", "lose": "a\0b", "prompt": "a red ball"}, "pairs.jsonl:2: 'a\\x00b' is not a file name"),
     ({"win": "w.safetensors", "lose": "a" * 5000, "prompt": "a red ball"}, "pairs.jsonl:2: 'aaaa"),
 ])
 def test_a_bad_row_is_named_by_file_and_line(tmp_path, row, says):

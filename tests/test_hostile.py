@@ -29,7 +29,7 @@ from hypothesis import HealthCheck, given, settings, strategies as st  # noqa: E
 
 
 def inputs(number):
-    """So many drawn inputs, the same in every run; one that takes five seconds is a hang."""
+    """This many drawn inputs, the same in every run; one that takes five seconds counts as a hang."""
     return settings(
         max_examples=number, deadline=5000, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
     )

@@ -87,7 +87,7 @@ def test_diagnostics_by_hand():
     [driven] = diagnostics(metrics | {name: column(value) for name, value in (
         ("margin", 1.0), ("win_gap", -0.5), ("lose_gap", 0.5))})["loser_driven"].tolist()
     assert driven == 0
-    # of scores there are no gaps, of a margin without beta no saturation
+    # scores have no gaps, and a margin without beta has no saturation
     assert diagnostics({"margin": column(7.0)}).keys() == {"accuracy_strict", "margin_abs"}
 
 

@@ -1,4 +1,4 @@
-"""Cached errors of the reference: whose they are, what is no such file, when they are scored and written."""
+"""Cached errors of the reference: which run they belong to, what is refused, when they are scored and written."""
 import json
 from types import SimpleNamespace
 

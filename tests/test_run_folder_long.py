@@ -33,7 +33,7 @@ pytestmark = pytest.mark.slow
 # what is made once: killed, and by two processes at the same time
 
 def meet(folder, party):
-    """Goes on when this many processes are here."""
+    """Wait until this many processes are here."""
     folder.mkdir(exist_ok=True)
     (folder / str(os.getpid())).touch()
     while len(list(folder.iterdir())) < party:

@@ -636,7 +636,7 @@ def test_a_damaged_file_is_named_and_nothing_in_it_runs(copy, monkeypatch, tmp_p
 def test_a_diffusers_folder_is_read_strictly_and_whole(copy):
     folder = copy("diffusers")
     vae = tiny_vae(16)
-    # shards and their index beside the whole file of before
+    # shards and their index next to the earlier whole file
     vae.save_pretrained(
         folder / "vae", max_shard_size="200KB"
     )
