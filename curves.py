@@ -202,7 +202,7 @@ class Watch:
     """
     The rules, applied row by row while a run is under way; watch(row) returns the verdicts that are new.
 
-    rows: those that the log holds already (after a resume), with the verdicts in them, which are not given again.
+    rows: those already in the log after a resume; their verdicts are not given again.
     Each of two experts is judged by its own rows.
     """
 
@@ -344,7 +344,9 @@ def read_log(path):
 
 
 def name_logs(paths):
-    """What the picture calls each log: its folder for a log.jsonl, else its stem; all paths where two are equal."""
+    """
+    The name of each log in the picture: its folder for a log.jsonl, else its stem; full paths where two are equal.
+    """
     names = []
     for path in map(Path, paths):
         names.append(path.absolute().parent.name if path.stem == "log" else path.stem)
@@ -352,7 +354,7 @@ def name_logs(paths):
 
 
 def split_experts(logs):
-    """Logs {title: rows}, of which a run of two experts becomes two: their errors differ in size."""
+    """Logs {title: rows}; a run of two experts becomes two logs, since their errors differ in size."""
     split = {}
     for label, rows in logs.items():
         for row in rows:

@@ -154,8 +154,8 @@ def shared_tensors(sample):
 def read_item(dataset, index):
     """
     dataset.read(index). With dataset.skip an unreadable item joins dataset.bad, {index: reason}, and the next readable
-    one, wrapping around, takes its place. That depends on the files alone, so a run that is resumed and reads them anew
-    replaces the same.
+    one, wrapping around, takes its place. The choice depends on the files alone, so a resumed run makes the same
+    replacements.
     """
     if not dataset.skip:
         return dataset.read(index)
@@ -259,7 +259,7 @@ def open_data(path, pairs, skip=False):
     """
     What --data names: a PairSet if `pairs`, else a SampleSet of what is preferred. The head of this file has the
     layouts. skip: unreadable samples, now or later, are replaced (read_item). Samples of two encoders, and pairs of two
-    sizes or prompts, stay errors.
+    sizes or prompts, are errors even then.
     """
     path = Path(path)
     if path.suffix == ".jsonl" and path.is_file():
@@ -307,8 +307,8 @@ def epoch_order(seed, epoch, n):
 
 def order(seed, position, n):
     """
-    Which of n items is used at this position of the run. Every epoch is a fresh permutation, a function of (seed,
-    epoch).
+    The index, out of n items, used at this position of the run. Every epoch is a fresh permutation, a function of
+    (seed, epoch).
     """
     return int(epoch_order(seed, position // n, n)[position % n])
 
@@ -395,7 +395,7 @@ class Scored(NamedTuple):
 
 
 def conditions_digest(path, summary):
-    """Names the conditions that a sample was made under, such as its first frame; "" where it has none."""
+    """Text that names the conditions of a sample, such as its first frame; "" where it has none."""
     names = [name for name in summary.shapes if name not in ("latents", "context")]
     if not names:
         return ""
@@ -443,8 +443,8 @@ def read_scores(path):
 def pairs_from_scores(scored, margin, all_pairs=False):
     """
     [(win, lose)], two Scored each, of one prompt and condition, whose scores differ by more than margin, so never a
-    tie. Of every prompt the best and the worst or, with all_pairs, all such pairs. Returns them and the number of
-    prompts, and how many of these have one sample only.
+    tie. A prompt gives its best over its worst or, with all_pairs, every such pair. Returns the pairs, the number of
+    prompts, and the number of prompts with a single sample.
     """
     groups = {}
     for row in scored:

@@ -15,8 +15,8 @@ first frame.
 All input is looked at before anything is encoded, and all of a video is decoded before its first sample is written: a
 damaged one is an error, or is left out with --skip_damaged. A stopped run resumes. A sample knows its settings, its
 video and the encoder's weights: samples of a replaced video are encoded again, those of other settings are refused, and
-those that no row asks for are named, or deleted with --prune. OUT/empty_caption.context is what the text encoder makes
-of "".
+those that no row asks for are named, or deleted with --prune. OUT/empty_caption.context holds the text encoder's output
+for "".
 
 Encoders: `pixel`, the fixed codec of the embedded world (toy.py), which needs no pretrained weights; `wan`, those of
 the public Wan models (UMT5-XXL, VAE, CLIP), from an original Wan folder or a diffusers folder. Nothing is downloaded.
@@ -53,8 +53,8 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"               # of Wan's
 
 def open_codecs(config, weights, device=DEVICE, offload=False):
     """
-    What turns prompts, pictures and videos of a model into numbers and back. weights: folder of Wan's encoders;
-    offload: the blocks of the text encoder stay in CPU memory.
+    The codecs that turn prompts, pictures and videos into a model's numbers and back. weights: folder of Wan's
+    encoders; offload: the blocks of the text encoder stay in CPU memory.
     """
     if config.vae == "embedded":
         return toy.PixelCodec()
@@ -139,7 +139,7 @@ def resample(where, path, args):
 
 
 def sample_settings(args, codecs):
-    """What all samples of a run say of how they were made."""
+    """The metadata that all samples of a run share: how they were made."""
     settings = {"fps": f"{float(args.fps):g}", "frames": str(args.frames), "size": f"{args.size[0]} {args.size[1]}",
                 "stride_frames": str(args.stride_frames or args.frames), "encoder": args.encoder}
     if args.encoder == "wan":
@@ -162,7 +162,7 @@ def state_of(clip):
     """
     "missing", "done", or "changed" where the sample was made from another video of the same name.
 
-    Raises ValueError where the sample was made with other settings or encoders, or does not say of what.
+    Raises ValueError where the sample was made with other settings or encoders, or does not record them.
     """
     if not clip.file.exists():
         return "missing"
@@ -220,7 +220,7 @@ def first_names(paths, most=10):
 
 
 def tell(plan):
-    """Print what a user should know of the input before it is encoded."""
+    """Print what a user should know about the input before it is encoded."""
     for note, paths in plan.notes.items():
         print(f"{NOTES[note]}: {len(paths)} videos, {first_names(paths)}")
     if plan.changed:

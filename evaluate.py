@@ -1,6 +1,6 @@
 """
-What a run is judged by: the embedded world's data sets and held-out clips, previews of other data, the probe of pairs
-that are never trained on, and the audit of pairs before training.
+Everything that judges a run: the embedded world's data sets and held-out clips, previews of other data, the probe of
+pairs that are never trained on, and the audit of pairs before training.
 
     python evaluate.py data/wan --sigma 0.6     # the audit of pairs: a folder with real/ and negatives*/, or a .jsonl
 """
@@ -77,7 +77,10 @@ def held_out_pairs(args, config, ranks, count=16):
 
 
 def is_toy_data(dataset):
-    """Are these clips of the embedded world? A run on them is evaluated there, whoever made the negatives."""
+    """
+    Are these clips of the embedded world? A run on this folder is evaluated in the embedded world, whoever made the
+    negatives.
+    """
     return dataset[0].get("metadata", {}).get("source") == "embedded world"
 
 
@@ -93,7 +96,9 @@ def open_dataset(args, config, ranks, pairs):
 
 
 def open_captions(args, config, ranks):
-    """What --data of train_spo.py names: captions with conditions and a size, checked against the model."""
+    """
+    The data set that --data of train_spo.py names: captions with conditions and a size, checked against the model.
+    """
     if args.data == "toy":
         check_toy_model(f"--init {args.init}", config)
         return Captions(toy.TRAINED)
@@ -138,7 +143,7 @@ class Captions:
 # clips in the course of a run
 
 def open_held_out(args, dataset, held_back):
-    """What is sampled before, during and after a run: HeldOut in the embedded world, else a Preview, or None."""
+    """The samples made before, during and after a run: HeldOut in the embedded world, else a Preview, or None."""
     if args.eval_clips and is_toy_data(dataset):
         return HeldOut(args.eval_clips, sampler_of(args))
     return Preview(held_back or dataset, sampler_of(args)) if args.sample_every else None
@@ -191,7 +196,8 @@ class HeldOut:
 
     def picture(self, path, now):
         """
-        Rank 0 writes path.png: of eight captions the real clip, those kept, and now {title: clips}. Returns the file.
+        Rank 0 writes path.png: for eight captions the real clip, the clips kept, and now {title: clips}. Returns the
+        file.
         """
         path = path.with_suffix(".png")
         if dist.get_rank() == 0:
@@ -359,8 +365,8 @@ class Probe:
 
     def __call__(self, model, beta):
         """
-        {name: list, one number for each of "sigma"}: means over the pairs. margin is beta times what the win gained on
-        the lose, for every loss.
+        {name: list, one number for each of "sigma"}: means over the pairs. margin is beta * (lose_gap - win_gap), or
+        the difference of two scores.
         """
         err = self.score(model)
         if model.config.scores:

@@ -52,7 +52,7 @@ def open_model(args, needs_ref):
 
 
 def open_two(args, needs_ref):
-    """What open_model does for a folder with two experts."""
+    """open_model for a folder with two experts."""
     high, low = two_experts(args.init)
     config, args.model, _ = find_model(high, args.model)
     if args.model not in BOUNDARIES:
@@ -82,7 +82,7 @@ def open_two(args, needs_ref):
 
 def plan_adapters(args, config):
     """
-    Return {side: LoraPlan, or None where all weights are trained}. Of two experts --init_lora is a folder with a file
+    Return {side: LoraPlan, or None where all weights are trained}. For two experts --init_lora is a folder with a file
     for each, as a run exports it.
     """
     if not args.switch_every:
@@ -121,7 +121,7 @@ def turns_of_high(args, turns):
 
 
 def side_of(args, step):
-    """Return the expert that is trained in a step, one of SIDES; "" of one model."""
+    """Return the expert that is trained in a step, one of SIDES; "" for a single model."""
     if not args.switch_every:
         return ""
     turn = step // args.switch_every
@@ -129,7 +129,7 @@ def side_of(args, step):
 
 
 def own_step_of(args, step):
-    """Return how many steps before this one were those of the same expert; of one model all of them."""
+    """Return how many steps before this one trained the same expert; for a single model, all of them."""
     if not args.switch_every:
         return step
     turn, step_of_turn = divmod(step, args.switch_every)
@@ -139,7 +139,7 @@ def own_step_of(args, step):
 
 
 def timesteps_of(args, step):
-    """Return the lowest and the highest timestep that the positions of a step draw: of two experts one's side."""
+    """Return the lowest and the highest timestep of a step's positions: with two experts, those of one's side."""
     side = side_of(args, step)
     lowest = BOUNDARIES[args.model] if side == SIDES[0] else args.min_timestep
     highest = BOUNDARIES[args.model] if side == SIDES[1] else args.max_timestep
@@ -150,7 +150,7 @@ def timesteps_of(args, step):
 # the models of a run
 
 class Expert(NamedTuple):
-    """What a run holds of one model. ref and ema are called like the policy."""
+    """The state of one model in a run. ref and ema are called like the policy."""
     policy: torch.nn.Module
     ref: object               # None: the loss has none, or its errors are cached
     ema: object               # None: --ema_decay 0
@@ -245,7 +245,7 @@ class Experts:
         gc.collect()                                       # a sharded model refers to itself and would stay for a while
 
     def describe(self):
-        """Return a line on two experts; [] for one model."""
+        """Return a list with one line about the two experts; [] for a single model."""
         if not self.args.switch_every:
             return []
         share = f"high_noise has {share_of_high(self.args):.1%} of the steps, {self.args.switch_every} in a row"

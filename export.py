@@ -1,6 +1,6 @@
 """
-Exports: what a run's step folder, a public checkpoint or a LoRA file is written as. `python weights.py` is the command
-line.
+Exports: a run's step folder, a public checkpoint or a LoRA file, written in a public format. `python weights.py` is the
+command line.
 """
 import re
 from dataclasses import replace
@@ -62,8 +62,8 @@ def open_weights(source, which="auto"):
 
 def find_base(source):
     """
-    Return the weights that the run started from which wrote a step folder, or exported a file of adapters; "" where
-    these are not known or have changed.
+    Return the --init of the run that wrote a step folder or exported a file of adapters; "" where it is not known or
+    has changed.
     """
     source = source.absolute()
     try:
@@ -106,7 +106,7 @@ def add_share(read, base, dtype, sums):
 
 
 def report_share(base, sums, dtype):
-    """Print what add_share added up, and a warning where it is less than 0.9."""
+    """Print the share that add_share added up, and a warning where it is below 0.9."""
     word = str(dtype).removeprefix("torch.")
     if not base:
         print(f"how much of the training {word} keeps is not known; name the weights it started from with --base")
@@ -126,7 +126,7 @@ def export_weights(source, path, format="original", dtype=torch.float32, which="
     Write the weights in a step folder or a public checkpoint as public weights at `path`, one tensor at a time. Where
     that rounds them, print the share of the training that survives. Adapters are written merged into the weights that
     they were trained on or, in a format of lora_files.DIALECTS, alone. base: the weights that training started from
-    ("": those of the run's --init). Of two experts, in a step folder or a public one, both are written.
+    ("": those of the run's --init). Both of two experts, in a step folder or a public one, are written.
     """
     source, path = Path(source), Path(path)
     if two_experts(source):
@@ -186,8 +186,8 @@ def export_adapters(source, path, dialect, dtype=torch.float32, which="auto"):
 
 def export_run(checkpoint, folder):
     """
-    Write what the run of a step folder trained to `folder`: lora.safetensors, or whole weights, original names. Of two
-    experts both, as two files of adapters or two folders.
+    Write what the run of a step folder trained to `folder`: lora.safetensors, or whole weights, original names. Two
+    experts give two files of adapters or two folders.
     """
     if two_experts(checkpoint) and holds_adapters(checkpoint):
         for expert, name in zip(two_experts(checkpoint), EXPERT_LORAS):

@@ -74,7 +74,7 @@ def start_ranks(pair=False, cp_size=1, replicate=1):
 
 
 def check_layout(world, pair, cp_size, replicate):
-    """Raise ValueError where `world` ranks do not divide into what the flags ask for."""
+    """Raise ValueError where `world` ranks do not divide into the groups that the flags ask for."""
     if cp_size < 1 or replicate < 1:
         raise ValueError(f"--cp_size {cp_size} --replicate {replicate}: expected at least 1")
     if pair and world % 2:
@@ -207,9 +207,9 @@ class ContextParallel:
     Ulysses, put into a model's seams. Each rank of a group has a share of a video's tokens everywhere except inside
     self-attention, where the ranks exchange, so that each has all tokens of its share of the heads.
 
-    Tokens that do not divide are filled up with zeros. The filling is dropped after the exchange, so that attention
-    needs no mask, and from the output. The head runs on the share; its output, 256 bytes a token in float32 next to
-    20,480 of a hidden state of 14B, is joined on every rank, so that errors, masks and samplers need not know.
+    Tokens that do not divide are padded with zeros. The padding is dropped after the exchange, so that attention needs
+    no mask, and from the output. The head runs on the share; its output, 256 bytes a token in float32 next to 20,480 of
+    a hidden state of 14B, is joined on every rank, so that errors, masks and samplers need not know.
     """
     def __init__(self, model, group):
         assert model.config.num_heads % group.size() == 0, "the heads do not divide over the group"
@@ -379,8 +379,8 @@ def build_model(path, config, ranks, memory=MemoryFlags(), trained=False, offloa
 
 def state_options(model):
     """
-    Return how a model's state is taken and set for checkpoints: all of it, or its adapters alone, where it has some,
-    since --init has the rest.
+    Return the options with which checkpoints read and set a model's state: all of it or, where it has adapters, these
+    alone, since --init has the rest.
     """
     has_adapters = bool(lora_layers(model))
     return StateDictOptions(ignore_frozen_params=has_adapters, strict=not has_adapters)
@@ -417,7 +417,8 @@ def make_optimizer(model, weight_decay, loss_scale):
 def clip_gradients(params, max_norm, scale=1.0):
     """
     Multiply all gradients by scale, clip them to max_norm over all ranks, and return the norm before clipping (float).
-    Where a rank's gradient is not finite, the norm is not finite on any: a decision on it needs no communication.
+    Where one rank's gradient is not finite, the norm is not finite on any rank, so a decision on it needs no
+    communication.
     """
     params = [p for p in params if p.grad is not None]
     if scale != 1.0:

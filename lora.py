@@ -1,6 +1,6 @@
 """
-Low-rank adapters (LoRA, Hu et al. 2021): layers, the switch to the initial ones, what a trainer needs of them. Their
-files are lora_files.py's.
+Low-rank adapters (LoRA, Hu et al. 2021): layers, the switch to the initial adapters, flags and plans of a trainer.
+Their files are lora_files.py's.
 
     y = x W^T + b + scale * (x A^T) B^T         W (out, in) and b frozen, A (rank, in) and B (out, rank) trained
 
@@ -33,8 +33,8 @@ def in_backward():
 
 class LoraLinear(nn.Linear):
     """
-    A linear layer, which it takes over with its names and freezes, and an adapter, which is trained. The result has the
-    dtype of x. keep_initial: it also holds a frozen copy of initial adapters, to be filled in.
+    A frozen linear layer, under its old names, and a trained adapter. The result has the dtype of x. keep_initial: it
+    also holds a frozen copy of initial adapters, to be filled in.
     """
     def __init__(self, base, rank, scale, keep_initial=False):
         super().__init__(base.in_features, base.out_features, device="meta")
@@ -71,8 +71,8 @@ def lora_layers(model):
 
 def find_layers(model, targets):
     """
-    Return the names of the layers in blocks that targets mean, text like "q,k,v,o,ffn.0,ffn.2": "q" means self_attn.q
-    and cross_attn.q, "self_attn.q" the former. ValueError for a target without a layer.
+    Return the names of the layers in blocks that targets selects, text like "q,k,v,o,ffn.0,ffn.2": "q" means
+    self_attn.q and cross_attn.q, "self_attn.q" the former. ValueError for a target without a layer.
     """
     names = [name for name, module in model.named_modules() if type(module) is nn.Linear]
     names = [name for name in names if name.startswith("blocks.")]
@@ -104,7 +104,7 @@ def add_adapters(model, layers, rank, alpha=0.0, keep_initial=False):
 def initial_adapters(model):
     """
     Run the model with its initial adapters (without any, if these were fresh), and without gradients. What backward
-    recomputes meanwhile or later has the trained ones, as it had in its forward.
+    recomputes meanwhile or later uses the trained adapters, as its forward did.
     """
     layers = list(lora_layers(model).values())
     before = [layer.use_initial for layer in layers]
@@ -214,7 +214,7 @@ def check_lora_flags(args):
 
 def plan_lora(args, config):
     """
-    Return the LoraPlan that the flags mean for a model of config, or None where all weights are trained.
+    Return the LoraPlan of the flags for a model of config, or None where all weights are trained.
     args.lora_alpha becomes the alpha. ValueError for --init_lora with other layers or ranks, or for another model.
     """
     if not args.lora_rank:

@@ -8,7 +8,7 @@ LoRA files of any trainer of Wan adapters, in and out: names, scales, merging, w
     blocks.0.self_attn.q.lora_A.default.weight               DiffSynth
 
 scale = alpha / rank; of rank-stabilised LoRA (arXiv 2312.03732) alpha / sqrt(rank). A file with anything else than
-adapters for layers of the model is refused by name: adapters that are read in part do harm without a word.
+adapters for layers of the model is refused by name: adapters that are read in part do silent harm.
 """
 import json
 import math
@@ -45,7 +45,7 @@ OTHER_KINDS = {
 
 
 def layer_name(stem):
-    """Return our name of the layer that a file calls by `stem`, or None: the name of no layer of a Wan model."""
+    """Return our name of the layer that a file calls `stem`, or None where it is not a layer of a Wan model."""
     name = re.sub(f"^{FLAT}|^{DOTTED}", "", stem)
     block = re.match(r"blocks[._](\d+)[._]", name)
     if block is None:
@@ -233,7 +233,7 @@ class LoraFile:
 
     @property
     def digest(self):
-        """Return text that names the contents and the strength."""
+        """Return text that identifies the contents and the strength."""
         return f"{weights_digest(self.path)}:{self.strength:g}"
 
 
@@ -276,7 +276,10 @@ def open_lora_files(flag, texts, config, expert=""):
 
 
 def check_attachable(adapters, config, path):
-    """ValueError for an adapter of a layer that is not a plain linear one: attach cannot serve it, merging can."""
+    """
+    ValueError for an adapter of a layer that is not a plain linear layer: such an adapter can be merged but not
+    attached.
+    """
     with torch.device("meta"):
         model = WanModel(config)
     for layer in adapters:
@@ -288,7 +291,7 @@ def check_attachable(adapters, config, path):
 def attach(model, files):
     """
     Give a model the adapters of files, [({layer: Adapter}, strength)], next to its weights, in place: in bf16 a merged
-    weight would lose the small ones. Several on one layer are one of the sum of their ranks.
+    weight would lose the small ones. Several adapters on one layer become one, whose rank is the sum of theirs.
     """
     layers = {}
     for adapters, strength in files:

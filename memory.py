@@ -122,13 +122,16 @@ def save_memory(model, flags, trained):
 # how much it is
 
 def reset_memory_gib(device):
-    """Let memory_gib look at what comes after this, where it can: on a GPU."""
+    """Restart the measurement of memory_gib, which only a GPU can do."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
 
 
 def memory_gib(device):
-    """Return the most that this rank has held: GPU memory since the last reset, or on a CPU memory of this process."""
+    """
+    Return the most that this rank has held: the peak of GPU memory since the last reset or, on a CPU, the memory of
+    this process, in GiB.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2 ** 30
     unit = 1 if sys.platform == "darwin" else 1024         # of ru_maxrss, in bytes
@@ -164,7 +167,7 @@ def kept_bytes(config, flags, size, adapted=(), rank=0):
 
 def memory_plan(args, model, tokens, videos, needs_ref, ranks):
     """
-    Return what each rank will hold of a policy, and besides, as a line of text. tokens: of a video; videos: how many
+    Return the memory that each rank will hold, part by part, as a line of text. tokens: of a video; videos: how many
     have their graph alive at once, 0 where blocks are frozen.
     """
     unit = ranks.mesh.shape[-1] * 2 ** 30                  # GiB of a rank's shard
@@ -199,7 +202,8 @@ def attend_alike(attend):
     """
     Return attend (q, k, v -> (B,L,D)) by the same kernel with and without a graph, so that a reference, or a policy
     under no_grad, computes what a policy in training does. On Hopper, cuDNN has another plan where no gradient is asked
-    for. Here it always is; the graph is dropped at once. (detach: an output that is saved as it is would keep itself.)
+    for. So a gradient is always asked for here, and the graph is dropped at once. (detach: otherwise a saved output
+    would keep itself alive.)
     """
     def as_in_training(q, k, v):
         if torch.is_grad_enabled() or torch.is_inference_mode_enabled():
@@ -225,9 +229,9 @@ def recomputed(f, policy=None):
 
 def keep_products(ffn_dim, rank):
     """
-    Return a policy that keeps attention and matrix products but for those that are ffn_dim wide, which take most of the
-    memory (12 of 34 bytes in 1.3B) and the least time to recompute for it, and those whose inner dimension is rank,
-    that of adapters (0: none), which are as large as the layer's own product and take next to no time.
+    Return a policy that keeps attention and most matrix products. It drops those that are ffn_dim wide, which take the
+    most memory (12 of 34 bytes in 1.3B) and little time to recompute, and those of adapters, whose inner dimension is
+    rank (0: none), which are as large as the layer's own product and take next to no time.
     """
     def policy(context, op, *args, **kwargs):
         is_kept = op in ATTENTION_OPS
@@ -239,12 +243,12 @@ def keep_products(ffn_dim, rank):
 
 
 def keep_attention(context, op, *args, **kwargs):
-    """A policy that keeps what attention returns, and nothing else."""
+    """A policy that keeps the output of attention and nothing else."""
     return CheckpointPolicy.MUST_SAVE if op in ATTENTION_OPS else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def keep_attention_only(block):
-    """Recompute q, k and v of self-attention from the stream; its output is kept, and what it needs besides q, k, v."""
+    """Recompute q, k and v of self-attention from the stream; its output and its other saved tensors are kept."""
     def attend(*inputs):
         return block.self_attn.attend(*block.before_attention(*inputs))
     attend_recomputed = recomputed(attend, keep_attention)
@@ -416,7 +420,7 @@ class Offload:
     Moves what blocks keep to CPU memory in forward, and back in backward. On GPUs the copies run on a stream of their
     own, in parallel with the computation, from and to pinned buffers that are reused. A tensor leaves the device when
     the second one after it has been kept: by then its copy is done, and waiting for it costs nothing. When the backward
-    of a block asks for its own, what the block before it kept is fetched.
+    of a block asks for its tensors, those of the block before it are fetched.
     """
     def __init__(self):
         self.stream = torch.cuda.Stream() if torch.cuda.is_available() else None
@@ -446,7 +450,7 @@ class Offload:
         return forward
 
     def copy(self, target, source):
-        """Copy source to target after all that was asked of the device so far. Returns the event of its end."""
+        """Copy source to target after all work queued on the device so far. Returns the event of its end."""
         if self.stream is None:
             target.copy_(source)
             return None
@@ -456,7 +460,7 @@ class Offload:
             return self.stream.record_event()
 
     def wait(self, event):
-        """Let what the device is asked from here on wait for the event of a copy."""
+        """Make all later work on the device wait for the event of a copy."""
         if event is not None:
             torch.cuda.current_stream().wait_event(event)
 

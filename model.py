@@ -47,7 +47,7 @@ class WanConfig:
 
     @property
     def model_type(self):
-        """Return the official word for the variant, which follows from the other fields."""
+        """Return the official name of the variant, which follows from the other fields."""
         if self.image_pos_len:
             return "flf2v"
         if self.in_dim > self.out_dim:
@@ -274,7 +274,7 @@ class Block(nn.Module):
         return self.self_attn.queries_keys_values(h, cos, sin)
 
     def after_attention(self, x, attended, time_index, modulation, *keys_values):
-        """The stream x and what self-attention made of it (B,L,D), k and v of the context -> the block's output."""
+        """The stream x, the output of self-attention (B,L,D), k and v of the context -> the block's output."""
         gate1, shift2, scale2, gate2 = modulation[:, 2:].unbind(1)
         dtype = attended.dtype                                       # of the matrices; x itself stays float32
         x = gated_add(x, time_index, gate1, self.self_attn.o(attended))
@@ -352,7 +352,7 @@ class WanModel(nn.Module):
         nn.Linear layers          adapters with the same call: a block calls its layers and never reads their weights
 
     A preference model keeps the blocks of a velocity model, frozen (fsdp_utils.build_model), and trains a ScoreHead.
-    A subclass keeps the names of the modules; fsdp_utils.build_model and weights.load_wan are where models are made.
+    A subclass keeps the names of the modules; models are built in fsdp_utils.build_model and weights.load_wan.
     """
     def __init__(self, config):
         super().__init__()
@@ -369,7 +369,9 @@ class WanModel(nn.Module):
         self.init_weights()
 
     def init_weights(self):
-        """As the official code for training from scratch. Modulations keep their randn / sqrt(D)."""
+        """
+        Initialises weights as the official code does for training from scratch. Modulations keep their randn / sqrt(D).
+        """
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)

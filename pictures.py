@@ -105,8 +105,8 @@ img { display: block; height: 6rem; image-rendering: pixelated; }
 
 def page(title, captions, rows, marks, fps, note=""):
     """
-    The bytes of an HTML page that needs no other file and runs no script: the marks, then of every caption one row per
-    label, the clip playing and some of its frames.
+    The bytes of an HTML page that needs no other file and runs no script: the marks, then for every caption one row per
+    label with the playing clip and some of its frames.
 
     captions: list of N. rows: {label: videos, N of (3, F, H, W)}. marks: {label: {name: number or text}}, or empty.
     note: a sentence below the title.

@@ -21,7 +21,7 @@ DECIDE_ERRORS = ("init", "init_lora", "data", "seed", "timestep_sampling", "flow
 
 
 def numerical_path(args, memory, ranks):
-    """{name: value} of what decides the last bits of an error."""
+    """{name: value} of everything that decides the last bits of an error."""
     device = torch.cuda.get_device_name() if ranks.device.type == "cuda" else "cpu"
     return {"device": device, "torch": torch.__version__, "matrices": str(matrix_dtype(ranks.device.type)),
             "backward": args.backward, "pairs_per_forward": args.batch_size // (ranks.data_ranks * args.grad_accum),
@@ -49,7 +49,9 @@ class RefErrors:
         return self.errors[positions.start:positions.stop].T.to(self.ranks.device)
 
     def fill(self, errors_at, steps):
-        """Score what is missing of these steps. errors_at(range of positions) -> (2, B). All ranks call it."""
+        """
+        Score the positions of these steps that are missing. errors_at(range of positions) -> (2, B). All ranks call it.
+        """
         score_reference(self.path, self.key, self.errors, steps, self.args.batch_size, errors_at,
                         lambda step: positions_of(self.args, self.ranks, step), self.ranks)
 

@@ -91,9 +91,9 @@ def find_checkpoint(out, resume):
 
 def check_folder(out, resume):
     """
-    The step folder that --resume means in the run's folder `out`, as text, or "" to start a new run. `auto` is `latest`
-    where there is one; ranks that torchrun --max-restarts restarts resume from `latest` as well, whatever the flag
-    says. ValueError where there is nothing to resume from, and where something would be overwritten.
+    The step folder that --resume selects in the run's folder `out`, as text, or "" to start a new run. `auto` is
+    `latest` where there is one; ranks that torchrun --max-restarts restarts resume from `latest` as well, whatever the
+    flag says. ValueError where there is nothing to resume from, and where something would be overwritten.
     """
     out = Path(out)
     log, latest = out / "log.jsonl", out / "latest"
@@ -118,8 +118,8 @@ def check_folder(out, resume):
 
 def run_settings(args, may_change, **contents):
     """
-    {name: value} of all that decides a run's numbers and must not change on resume: every flag but those in may_change,
-    and fingerprints of what --init, --data and the like hold.
+    {name: value} of everything that decides a run's numbers and must not change on resume: every flag but those in
+    may_change, and fingerprints of what --init, --data and the like hold.
     """
     flags = {name: value for name, value in vars(args).items() if name not in may_change and name != "defaults"}
     contents["init_lora"] = weights_digest(args.init_lora) if args.init_lora else "fresh"
@@ -215,7 +215,7 @@ def closes_at_end(main):
 
 
 def add_folder_flags(parser, save_every):
-    """Flags of what a trainer keeps in its folder."""
+    """Add the flags about checkpoints, tracking and resuming."""
     add = parser.add_argument
     add("--save_every", type=int, default=save_every, help="steps between checkpoints")
     add("--keep", type=int, default=2, help="number of checkpoints kept on disk")
@@ -297,8 +297,8 @@ def read_items(dataset, indices, skip):
 def report_skipped(step, skipped, samples, limit=10):
     """
     Say why a step changed nothing: its loss or gradient is not finite, the `skipped`-th time in a row. Rank 0 names the
-    samples whose own loss is not finite or, where the losses are and a gradient is not, all of the step.
-    `limit` in a row raise RuntimeError on every rank. samples: this rank's, [(name, loss)].
+    samples whose loss is not finite or, where only a gradient is not finite, all samples of the step. `limit` in a row
+    raise RuntimeError on every rank. samples: this rank's, [(name, loss)].
     """
     of_ranks = [None] * dist.get_world_size()
     dist.all_gather_object(of_ranks, samples)
@@ -353,9 +353,9 @@ def save_checkpoint(out, step, states, meta, keep):
 
     A folder gets its name when it is whole, and `latest` changes by an atomic replace after that: a run killed at any
     moment leaves a checkpoint to resume from. meta: what must be equal on resume, as JSON. keep: this many checkpoints
-    stay, this one included; older ones are deleted after it is whole. Later ones, of a run that was resumed from before
-    them, stay until it passes them. ValueError if it cannot be written, on a full disk for example: unfinished files
-    are deleted, and `latest` stays as it was.
+    stay, this one included; older ones are deleted after it is whole. Later ones, which a run resumed from an earlier
+    step leaves behind, stay until the run passes them. ValueError if it cannot be written, on a full disk for example:
+    unfinished files are deleted, and `latest` stays as it was.
     """
     out, is_first_rank = Path(out), dist.get_rank() == 0
     name = f"step_{step:06d}"
@@ -406,7 +406,7 @@ def step_folders(out):
 
 
 def first_cause(error):
-    """What a CheckpointException of several ranks, or any other error, says first."""
+    """The first message in a CheckpointException of several ranks, or in any other error."""
     return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error
 
 

@@ -21,7 +21,10 @@ BINNED = ("err_win", "win_gap", "lose_gap", "margin", "accuracy")
 
 
 def diagnostics(metrics):
-    """What the four errors say in addition to the loss (docs/CURVES.md explains them): {name: (B,)} -> {name: (B,)}."""
+    """
+    Diagnostics from the four errors, in addition to the loss (docs/CURVES.md explains them): {name: (B,)} in and
+    out.
+    """
     right = (metrics["margin"] > 0).float()
     extra = {"accuracy_strict": right, "margin_abs": metrics["margin"].abs()}
     if "dgr" in metrics:                                   # a margin with beta in it
@@ -144,7 +147,7 @@ class Log:
             self.tracker.picture(self.step, "samples", path)
 
     def open_bar(self):
-        """A bar at the bottom of the terminal, above which everything that is printed appears."""
+        """A bar at the bottom of the terminal; everything that is printed appears above it."""
         self.bar = tqdm(total=self.steps, initial=self.start, file=sys.stdout, dynamic_ncols=True, miniters=1,
                         bar_format="{percentage:3.0f}%|{bar:20}| {n_fmt}/{total_fmt}{postfix}")
         self.stdout, sys.stdout = sys.stdout, DummyTqdmFile(sys.stdout)
@@ -163,7 +166,7 @@ class Log:
 
 
 class Clock:
-    """The time that the steps left will take, at the mean pace since the first row, which may have compiled."""
+    """An estimate of the time left, at the mean pace since the first row, whose step may have compiled."""
 
     def __init__(self, steps):
         self.steps, self.first = steps, None
@@ -186,7 +189,10 @@ def duration(seconds):
 
 
 def numbers_in_words(row, names):
-    """ "loss 0.6931  accuracy 0.5": the numbers of these names that the row has; of two experts first which it is."""
+    """
+    The numbers of these names that the row has, as "loss 0.6931  accuracy 0.5", after the expert's name if there are
+    two.
+    """
     words = [f"{name} {row[name]:.4g}" for name in names if name in row]
     return "  ".join([row["expert"], *words] if "expert" in row else words)
 

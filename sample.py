@@ -120,8 +120,8 @@ def step_coefficients(sigma, sigma_next, kernel, eta):
         dance      the same SDE with g = eta (DanceGRPO, arXiv 2505.07818)
 
     ddim with eta 1 draws from the posterior q(x_next | x, latents = x - t v); with eta 0 it is the Euler step. Where
-    all latents are one point it keeps the variance s^2 at any step size. The SDEs' Euler steps do not: of 20 steps at
-    shift 3, the last but one leaves 1.53 (flow_grpo) or 1.27 (dance) times s^2.
+    all latents are a single point, it keeps the variance s^2 at any step size. The SDEs' Euler steps do not: with 20
+    steps at shift 3, the second to last leaves 1.53 (flow_grpo) or 1.27 (dance) times s^2.
     ValueError: not 0 <= s < t <= 1, eta < 0, or eta > 1 with ddim.
     """
     if not 0 <= sigma_next < sigma <= 1:
@@ -272,8 +272,9 @@ SETTINGS = {"model", "seed", "negative_prompt", "lora", "low_lora", *Sampler.__d
 
 def negative_settings(model_name, sampler, seed=0, negative_prompt="", lora="", low_lora=""):
     """
-    What negatives are made with, {name: text}, for their metadata. model_name names the weights, lora and low_lora the
-    adapters. Settings that the first negatives did not name are left out at their defaults, so that those stay valid.
+    The settings that negatives are made with, {name: text}, for their metadata. model_name names the weights, lora and
+    low_lora the adapters. Settings that the first negatives did not name are left out at their defaults, so that those
+    stay valid.
     """
     always = ("model", "seed", "steps", "flow_shift", "guidance")
     others = {"negative_prompt": negative_prompt, "lora": lora, "low_lora": low_lora}
@@ -312,7 +313,7 @@ def missing_negatives(folder, settings, name="negatives", per_sample=1, rank=0, 
 def make_negatives(model, missing, settings, sampler, batch_size=64, negative=None, low=None, progress=True):
     """
     Write the missing negatives (of missing_negatives, made with negative_settings): the model's own clips of the real
-    samples' captions and conditions; with sampler.renoise below 1 from the noised real clip, to differ in less.
+    samples' captions and conditions; with sampler.renoise below 1 from the noised real clip, so that pairs differ less.
 
     Conditions are not written again: training takes the real sample's for both. Files appear whole: killed runs resume.
     """
@@ -404,7 +405,7 @@ def parse_args(argv):
 
 
 def fill_defaults(args, config, two_experts):
-    """Replace what was not given in args by DEFAULTS of the variant. ValueError for what this model cannot do."""
+    """Fill the arguments that were not given with the variant's DEFAULTS. ValueError for what this model cannot do."""
     variant = "embedded" if config.vae == "embedded" else config.model_type + (" a14b" if two_experts else "")
     if variant not in DEFAULTS:
         raise ValueError(f"--init {args.init}: two experts of type {config.model_type}; expected t2v or i2v")

@@ -1,6 +1,7 @@
 """
-A run's step folder, opened without trust, by ranks or by one process. A checkpoint may come from anyone, and torch
-keeps its index, and whatever in it is not a tensor, as pickles: Reader and Planner refuse what could call code.
+Opens a run's step folder, which need not be trusted, on many ranks or in one process. A checkpoint may come from
+anyone, and torch keeps its index, and whatever in it is not a tensor, as pickles: Reader and Planner refuse what could
+call code.
 """
 import json
 import pickle
@@ -86,7 +87,7 @@ def stored_weights(folder, which="auto"):
 
 
 def step_folder_of(folder):
-    """The step folder itself, also of a folder in it, such as high_noise_model, that holds one of two experts."""
+    """The step folder that a path is, or lies in: a folder such as high_noise_model holds one of two experts."""
     folder = Path(folder).absolute()
     is_expert = not (folder / "meta.json").exists() and (folder.parent / "meta.json").exists()
     return folder.parent if is_expert else folder

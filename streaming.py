@@ -37,7 +37,7 @@ class Stream:
         return buffer
 
     def fetch(self, number):
-        """Begin to copy a block's weights to the device, after all that was asked of it so far: {name: weight}."""
+        """Begin to copy a block's weights to the device, after all work queued there so far: {name: weight}."""
         buffer = self.buffers[number]
         on_device = torch.empty_like(buffer, device=self.device)
         if self.copies is None:
@@ -64,8 +64,8 @@ class Stream:
 
 def stream_blocks(model, name, device):
     """
-    Compute a frozen model on `device` with a Stream of the blocks in its list model.NAME, in place. The list is one of
-    functions from here on, so that model.to(device) moves everything but blocks.
+    Compute a frozen model on `device` with a Stream of the blocks in its list model.NAME, in place. From here on the
+    list holds functions, so that model.to(device) moves everything but the blocks.
     """
     stream = Stream(getattr(model, name), device)
     delattr(model, name)

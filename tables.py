@@ -1,5 +1,5 @@
 """
-What users say of videos: prompts, the pictures for them, and the tables that say which video has which prompt.
+User input about videos: prompts, the pictures for them, and the tables that give each video its prompt.
 
 Text files are UTF-8, with or without a byte order mark, and split at line feeds only. Anything wrong raises ValueError
 with the file and the line.
@@ -44,14 +44,17 @@ def read_lines(path):
 
 
 def looks_like_path(text):
-    """Whether an argument is rather a path than a prompt: it exists, or is one word with a slash or a suffix."""
+    """
+    Whether an argument looks like a path rather than a prompt: it exists, or is one word with a slash or a suffix.
+    """
     one_word = text.isascii() and len(text.split()) == 1
     return os.path.exists(text) or one_word and ("/" in text or re.search(r"\w\.[A-Za-z]\w{1,4}$", text) is not None)
 
 
 def read_prompts(arguments):
     """
-    The prompts that --prompts gives: each argument is one, or a .txt file with a prompt a line; blank lines are none.
+    The prompts that --prompts gives: each argument is a prompt, or a .txt file with a prompt a line; blank lines are
+    ignored.
 
     ValueError for a file that is missing, empty or named twice, and for another path, which is not a prompt.
     """
@@ -78,14 +81,14 @@ def read_prompts(arguments):
 
 def name_samples(prompts, per_prompt, name_by):
     """
-    The samples to make of prompts, as (stem of its file, number of its prompt, its number among those of the prompt):
+    The samples to make from prompts, as (stem of its file, number of its prompt, its number among those of the prompt):
 
         number      00000, 00001, ...; with several of a prompt 00000-0, 00000-1, ...
         prompt      PROMPT-0, PROMPT-1, ..., the names of VBench
         prompt180   the same with the first 180 characters of the prompt, the names of VBench-2.0
 
-    Named by its prompt, a prompt that is given again is made once. ValueError for one that cannot be a file's name, and
-    for two of one name.
+    Where files are named by prompt, a repeated prompt is made once. ValueError for a prompt that cannot be a file's
+    name, and for two with one name.
     """
     numbers = {}    # name of a prompt: its number
     for number, prompt in enumerate(prompts):
@@ -119,7 +122,7 @@ def check_file_name(file, name_by):
 def image_files(args, config, count):
     """
     The pictures that --image and --last_image give, as (first, last) for each of `count` prompts, "" where the model of
-    config needs none. ValueError for pictures that it does not take or lacks.
+    config needs none. ValueError for pictures that the model does not take, and for missing ones.
     """
     kind = config.model_type
     columns = []

@@ -93,7 +93,7 @@ def step_of(caption):
 
 def trajectory(start, caption, frames=FRAMES):
     """
-    Where physics takes the shape, straight and elastic at the walls: start (..., 2) -> (..., frames, 2), in pixels.
+    The path of the shape by physics, straight and elastic at the walls: start (..., 2) -> (..., frames, 2), in pixels.
 
     Folding the free flight back into [reach, SIDE - reach] is exact for any number of bounces.
     """
@@ -408,7 +408,7 @@ def score(video, captions, real):
 
 
 def better(name):
-    """Which values of this metric are better, as a word."""
+    """The direction in which this metric is better, as a word."""
     return "higher" if name in ("colour", "shape", "direction") else "lower"
 
 

@@ -4,7 +4,7 @@ A run in TensorBoard or in Weights & Biases: every number of its log, its previe
     python train.py --tracker tensorboard      # then: tensorboard --logdir out
     python train.py --tracker wandb            # WANDB_PROJECT, WANDB_ENTITY and WANDB_MODE as wandb documents them
 
-Neither package is needed otherwise. Nothing that goes wrong in a tracker stops a run.
+Neither package is needed otherwise. An error in a tracker never stops a run.
 """
 import importlib
 import uuid

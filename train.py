@@ -206,7 +206,9 @@ def objective_flags():
 
 
 def check_args(args, ranks):
-    """Refuse flags that cannot work, before anything is loaded, and fill in what follows from others. ValueError."""
+    """
+    Refuse flags that cannot work, before anything is loaded, and fill in those that follow from others. ValueError.
+    """
     run_folder.check_common_flags(args, ranks)
     lora.check_lora_flags(args)
     check_objective(args, OBJECTIVES[args.loss])

@@ -153,7 +153,7 @@ def open_policy(path):
 
 
 def open_judge(path, config):
-    """The WanConfig of the preference model at --score. ValueError unless it scores what a policy of config makes."""
+    """The WanConfig of the preference model at --score. ValueError unless it scores samples of a policy of config."""
     judge_config, _ = open_wan(path)
     if not judge_config.scores:
         raise ValueError(f"--score {path}: a model of velocities, expected a preference model; make one with train.py "
@@ -168,7 +168,7 @@ def open_judge(path, config):
 
 def make_batch(items, positions, device):
     """
-    What is rolled out together: {"context" (B, T, D), conditions (B, ...), "names" and "positions", lists of B,
+    The inputs of one roll-out: {"context" (B, T, D), conditions (B, ...), "names" and "positions", lists of B,
     "shape" (C, F, H, W) of each video's latents}. The latents of the items are left out.
     """
     shape = tuple(items[0]["win"].shape)                   # of all: check_samples
@@ -181,7 +181,7 @@ def make_batch(items, positions, device):
 # scores
 
 def run_model(model, x, sigma, batch):
-    """Velocities of x (B, C, F, H, W) at sigma, a float, or a preference model's scores (B,). See sample.call_model."""
+    """Velocities, or a preference model's scores (B,), of x (B, C, F, H, W) at sigma, a float: sample.call_model."""
     inputs = {name: value for name, value in batch.items() if torch.is_tensor(value)}
     timestep = torch.full((len(x),), 1000 * sigma, device=x.device)
     return call_model(model, x, timestep, **inputs)
@@ -197,7 +197,7 @@ def velocity(model, x, sigma, batch, guidance):
 
 
 def clean_latents(model, x, sigma, batch, guidance):
-    """The latents (B, C, F, H, W) that the model expects behind x, in one step: x - sigma * v."""
+    """The clean latents (B, C, F, H, W) that the model expects from x in one step: x - sigma * v."""
     latents = x - sigma * velocity(model, x, sigma, batch, guidance)
     if "first_latent" in batch:
         latents[:, :, :1] = batch["first_latent"]
@@ -205,7 +205,7 @@ def clean_latents(model, x, sigma, batch, guidance):
 
 
 def toy_score(ref, guidance):
-    """A score from the exact metric: minus the drift, 0 to 8 pixels, of the clip that ref expects behind noise."""
+    """A score from the exact metric: minus the drift, 0 to 8 pixels, of the clean clip that ref expects."""
     def score(x, sigma, batch):
         clips = toy.decode_pixels(clean_latents(ref, x, sigma, batch, guidance)).cpu()
         return -toy.metrics(clips, batch["names"])["drift"].to(x.device)
@@ -216,8 +216,8 @@ def preference_score(judge, ref, guidance, seed):
     """
     A score from a preference model, which learnt from pairs under one noise. It was never asked to ignore noise, whose
     effect on a score cancels in a pair's margin: scores of one clip under several noises differ more than those of a
-    real and a generated clip under one. Candidates differ in nothing but noise. So they are shown as pairs were: the
-    latents that ref expects behind each, all of a pool under one fresh noise, at the candidates' sigma.
+    real and a generated clip under one. Candidates differ in nothing but noise. So candidates are shown as pairs were:
+    the clean latents that ref expects from each, all of a pool under one fresh noise, at the candidates' sigma.
     """
     def score(x, sigma, batch):
         latents = clean_latents(ref, x, sigma, batch, guidance)
@@ -254,7 +254,7 @@ def threshold_at(threshold, sigma):
 
 def next_member(seed, position, step, pool):
     """
-    Which member of a pool the roll-out continues from: each is equally likely, whatever its score. Taking the best
+    The member of a pool that the roll-out continues from: each is equally likely, whatever its score. Taking the best
     instead would leave the sampler's distribution, and the policy would be trained on states that it never meets.
     """
     return int(torch.randint(pool, (), generator=randomness(seed, position, f"step {step} next")))
@@ -382,7 +382,7 @@ def step_backward(args, policy, ref, rolled, index, scale, sums):
 # the parts of main
 
 def pool_sums(transitions):
-    """What the pools of a batch say, as sums over its captions: {"name/index": float}."""
+    """Statistics of a batch's pools, as sums over its captions: {"name/index": float}."""
     sums = {}
     for index, transition in enumerate(transitions):
         scores = transition.scores

@@ -9,7 +9,7 @@ Video and picture files to pictures (3, H, W) in [-1, 1]: the right one at every
 Time is a span: a picture is on show from its time stamp to that of the next one, the last for its own duration. Stamps
 are whole ticks of the file's clock, so nothing is rounded on the way.
 
-What is wrong with a file raises ValueError, which names it: DamagedVideo where the file is broken. libav does not
+A faulty file raises ValueError, which names the fault: DamagedVideo where the file is broken. libav does not
 notice every flipped bit: in H.264, MPEG-4 and AV1 most, in HEVC, VP8 and VP9 hardly any.
 """
 import re
@@ -52,7 +52,7 @@ class Film:
     """
     The pictures of a video file, as its packets announce them.
 
-    stamps: when each begins to be on show, ascending, in ticks; end: when the last one goes; tick: seconds of one.
+    stamps: when each picture comes on show, ascending, in ticks; end: when the last one goes; tick: seconds per tick.
     skip: packets before the first that can be decoded, where a stream begins in the middle of a group of pictures.
     strict: every stamp must become a picture. by_order: stamps in the file may be on the wrong pictures, as in AVI.
     notes: what a user should know about the pictures, in words.
@@ -221,7 +221,9 @@ def plan_film(path, container, stream, packets):
 
 
 def matroska_end(container, stream):
-    """When a stream ends by the header of a Matroska file, in ticks; 0 for other files and where it does not say."""
+    """
+    The end of a stream by the header of a Matroska file, in ticks; 0 for other files and where the header does not say.
+    """
     if not container.format.name.startswith("matroska"):
         return 0
     ends = [Fraction(container.duration or 0, 10 ** 6)]               # of all streams together
@@ -260,7 +262,8 @@ def is_cut_off(path, kind):
 
 def stamp_slack(film):
     """
-    How much later than its picture begins a stamp may be, in ticks: stamps are rounded, and cameras' clocks jitter.
+    How much later than the start of its picture a stamp may be, in ticks: stamps are rounded, and cameras' clocks
+    jitter.
 
     At a constant rate, where all stamps lie near an even grid, it is a little more than their distance from it, and at
     most a quarter of an interval; otherwise it is half a tick, but 0.05 ms where ticks are finer and 0.5 ms at most.

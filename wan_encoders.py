@@ -245,8 +245,8 @@ def tile_starts(size, tile):
 
 def tile_weights(start, size, tile, pixels):
     """
-    The weight of each pixel of a tile along a side of `size` latents: 1, and next to an edge inside the picture first
-    0, where the zeros are felt with which the network pads a tile, then a ramp.
+    The weight of each pixel of a tile along a side of `size` latents: 1 inside; next to an edge inside the picture
+    first 0, where the network's zero padding of the tile has an effect, then a ramp.
     """
     length = min(tile, size) * pixels
     place = (torch.arange(length) + 0.5) / pixels                     # in latents
@@ -301,7 +301,10 @@ def open_encoders(path, config, device="cpu", offload=False):
 
 
 def exact(method):
-    """The method without gradients and without TF32, in which PyTorch else computes float32 convolutions on GPUs."""
+    """
+    Wrap a method to run without gradients and without TF32, which PyTorch otherwise uses for float32 convolutions on
+    GPUs.
+    """
     @wraps(method)
     def run(*arguments):
         convolutions, products = torch.backends.cudnn.conv, torch.backends.cuda.matmul
@@ -320,8 +323,8 @@ class Encoders:
     Text encoder, VAE and CLIP of a Wan model, each loaded when it is first needed and kept until free(part).
 
     Inputs may be on any device; results are float32 on the CPU. The text encoder runs in bf16 on a GPU, as Wan's own
-    does (11 GB), and elsewhere in the dtype it is stored in. VAE and CLIP run in float32, which means no TF32:
-    latents are what a model learns from, and both are small.
+    does (11 GB), and elsewhere in the dtype it is stored in. VAE and CLIP run in float32 without TF32: a model learns
+    from latents, and both networks are small.
     """
     name = "wan"
     frame_step = 4                                                    # a video has frame_step * n + 1 frames
@@ -494,7 +497,7 @@ class Encoders:
 
     def conditions(self, first, last, frames):
         """
-        What the model needs in addition to the text, by name, for a clip of `frames` frames:
+        The model's inputs in addition to the text, by name, for a clip of `frames` frames:
 
             y              (20, f, h, w)   i2v, flf2v: mask (4), then latents (16) of the clip, grey without an image
             clip_features  (257 n, 1280)   the same in Wan2.1: of the first image, then of the last

@@ -65,7 +65,7 @@ DIFFUSERS_FIELDS = {                                                     # WanCo
 
 
 def rename(name, table):
-    """blocks.3.ffn.0.weight -> what the table has for blocks.*.ffn.0; a name that is not in the table stays."""
+    """Rename by a table: blocks.3.ffn.0.weight takes the table's name for blocks.*.ffn.0; other names stay."""
     block, stem, leaf = re.fullmatch(r"(blocks\.\d+\.)?(.*?)(\.weight|\.bias)?", name).groups("")
     new = table.get("blocks.*." + stem if block else stem)
     return name if new is None else new.replace("blocks.*.", block) + leaf
@@ -157,8 +157,8 @@ def find_weights(path):
 
 def read_settings(file):
     """
-    {field of WanConfig or "model_type": value} as config.json next to `file`, or the header of a single file from
-    save_wan, has them ({} where neither does); and the file that has them.
+    {field of WanConfig or "model_type": value} from config.json next to `file`, or from the header of a single file
+    from save_wan ({} where neither has them); and the file that has them.
     """
     header, source = open_safetensors(file).metadata() or {}, file.parent / "config.json"
     if "wan_config" in header:
@@ -364,7 +364,7 @@ def locate_weights(path, flag="--init"):
 
 
 def two_experts(path):
-    """The folders (high-noise, low-noise) of the two experts in the folder at path; () where it holds no two."""
+    """The folders (high-noise, low-noise) of the two experts in the folder at path; () where it does not hold two."""
     for high, low in EXPERTS:
         if (Path(path) / low).is_dir():
             return Path(path) / high, Path(path) / low
@@ -372,7 +372,7 @@ def two_experts(path):
 
 
 def expert_of(path):
-    """Which expert a folder or file is by its name: "high", "low", or "" where the name does not say."""
+    """The expert that a folder or file is by its name: "high", "low", or "" where the name does not say."""
     path = Path(path).absolute()
     has_twin = (path.parent / "transformer_2").is_dir()
     if "high_noise" in path.name or path.name == "transformer" and has_twin:
@@ -433,7 +433,10 @@ def refuse_lone_expert(preset, path, flag="--init"):
 
 
 def find_experts(path):
-    """What --init samples with: (model, None), or (high-noise, low-noise expert). ValueError for one expert alone."""
+    """
+    The paths that --init samples with: (model, None), or (high-noise expert, low-noise expert). ValueError for one
+    expert alone.
+    """
     path = Path(path)
     name, parent = path.absolute().name, path.absolute().parent
     for high, low in EXPERTS:
@@ -450,7 +453,7 @@ def find_experts(path):
 # the command line, which does what export.py does
 
 def check_out(source, out, format):
-    """ValueError if writing to out would overwrite anything, or add files to the source or to a run's own folder."""
+    """ValueError if writing to out would overwrite anything, or would add files to the source or to a run's folder."""
     if format in ("comfyui", *LORA_FORMATS) and out.suffix != ".safetensors":
         raise ValueError(f"--out {out}: {format} is a single file; give it a name that ends in .safetensors")
     if out.is_file() or out.is_dir() and any(out.iterdir()):

@@ -89,7 +89,7 @@ def adapter_flops(args, config, tokens):
 def backward_flops(args, config, tokens):
     """
     Return the FLOPs of backward of one video without any recomputation. Each product has two gradients. With adapters
-    those of frozen weights are left out, and those of what comes before the blocks: context, patches, time.
+    the FLOPs of frozen weights are left out, and those of everything before the blocks: context, patches, time.
     """
     if not args.lora_rank:
         return 2 * forward_flops(config, tokens)
@@ -172,9 +172,9 @@ RECOMPUTED = {("off",): 0, ("selective",): 0.1, ("chunked",): 0.4, ("full", "--c
 
 def lora_choices(ranks):
     """
-    Return the flags that are tried for adapters, as tuples of words, fastest first: transfers are taken to hide behind
-    the arithmetic. Scoring the reference beforehand is none of them: it is the same model, and its forward takes less
-    memory than the policy's backward.
+    Return the flags to try for adapters, as tuples of words, fastest first, assuming that transfers hide behind the
+    arithmetic. Scoring the reference beforehand is not among them: the reference is the same model, and its forward
+    takes less memory than the policy's backward.
     """
     splits = {"joint": 0, "pair": 0} if ranks % 2 == 0 else {"joint": 0, "sequential": 0.5}      # forwards of a video
     offloads = [(), ("--offload_params",), ("--offload_activations",), ("--offload_params", "--offload_activations")]
@@ -277,8 +277,8 @@ def table_line(row, columns):
 
 def make_plan(args, flags):
     """
-    Print what the step of these flags takes; if none of them is about memory, of the first rung that fits. Then the
-    longest video that fits with them.
+    Print what a step with these flags takes; if none of them is about memory, with the first rung that fits. Then print
+    the longest video that fits with them.
     """
     began = time.process_time()
 
@@ -348,7 +348,7 @@ def ceiling(warm_up=2, timed=5):
 
 def write_weights(folder, config):
     """
-    Write a model with random weights, made on the GPU where there is one. The head of a new model is zero, and a model
+    Write a model with random weights, drawn on the GPU where there is one. The head of a new model is zero, and a model
     whose output is zero would be faster than others.
     """
     torch.manual_seed(0)
@@ -410,7 +410,7 @@ def planned_gib(flags, config, shape, ranks):
 
 
 def time_runs(args, runs):
-    """Run train.py with one set of flags after the other and print a row for each: time, memory and the plan's."""
+    """Run train.py with one set of flags after the other and print a row for each: time, memory and planned memory."""
     steps = [(flags, step_args(("--ema_decay", "0", *flags), args.ranks)) for flags in runs]     # refuses bad flags
     with multiprocessing.get_context("spawn").Pool(1) as pool:                 # a process that used a GPU keeps memory
         device, peak = pool.apply(ceiling)
@@ -471,7 +471,7 @@ def parse_args(argv):
     add("--size", type=int, nargs=2, default=(0, 0), metavar=("HEIGHT", "WIDTH"),
         help="pixels of a clip; 0 0: what the model is sampled at")
     add("--tokens", type=int, default=0,
-        help="tokens of a video, instead of --frames and --size: memory and FLOPs depend on nothing else of a clip")
+        help="tokens of a video, instead of --frames and --size; of a clip, memory and FLOPs depend on its tokens only")
     add("--ranks", type=int, default=1, help="GPUs; to measure without GPUs, CPU processes")
     # of plans
     add("--gpu_memory", type=float, default=80.0, help="GB of one GPU, of 1e9 bytes (what is sold as 80 has up to 85)")

@@ -29,7 +29,7 @@ COLUMNS = ("model and clip", "card", "the fastest flags that fit", "GB of the ca
 
 
 def guess_of(plan, args):
-    """Return about how many latent frames fit where a plan is for args.shape: activations and work grow with them."""
+    """Estimate how many latent frames fit, from a plan for args.shape: activations and work grow with the frames."""
     grows = sum(plan.parts.get(name, 0) for name in ("activations", "working", "inputs"))
     return int(args.shape[1] * (args.budget - plan.peak + grows) / grows)
 

@@ -232,7 +232,7 @@ def simulate(flags, config, shape, world, fake=True):
 
 
 def one_step(args, config, shape, ranks, live):
-    """Do what train.main does, without files: build everything in the same order, then run the step that is counted."""
+    """Repeat train.main without files: build everything in the same order, then run the step that is counted."""
     pairs = args.batch_size // (ranks.data_ranks * args.grad_accum)
     objective, flags = train.OBJECTIVES[args.loss], memory.check_memory_flags(args)
     trained_config = replace(config, scores=objective.trains_scores)
@@ -314,8 +314,8 @@ def one_step(args, config, shape, ranks, live):
 
 def conditions(config, shape):
     """
-    Return {name: shape} of what a sample holds in addition to latents and text. TI2V is run as text-to-video, its other
-    half, which is as large.
+    Return {name: shape} of what a sample holds in addition to latents and text. TI2V is run as text-to-video, which
+    takes as much as image-to-video.
     """
     return {name: size for name, size in config.condition_shapes(shape).items() if name != "first_latent"}
 
@@ -327,7 +327,7 @@ def step_plan(peaks, counts):
     """
     Return a namespace of what a step takes per rank: peak (bytes), parts {name: bytes at the peak}, host (bytes, its
     own peak), flops, learning (parameters), and the bytes moved (between CPU and GPU), gathered (from and for all
-    ranks, by FSDP) and exchanged (by context parallelism); peaks and counts as they came.
+    ranks, by FSDP) and exchanged (by context parallelism). peaks, counts: those of Live.
     """
     peak, bytes_by_tag = max(peaks.values(), key=lambda top: top[0])
     parts = {name: size for name, size in bytes_by_tag.items() if size and name not in ON_HOST}

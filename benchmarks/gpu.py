@@ -198,7 +198,10 @@ TRIED = [("mini", "ours", "off", False), ("mini", "ours", "selective", False)]  
 
 
 def blocks(limit):
-    """One configuration a process, so that each has its own peak of memory, until `limit` seconds are over."""
+    """
+    Run each configuration in a process of its own, so that each has its own memory peak, until `limit` seconds are
+    over.
+    """
     began, peak = time.monotonic(), None
     print("MFU: FLOPs of forward and backward, nothing recomputed, over the measured matrix product.\n")
     print("| tokens | | checkpointing | ms | GiB | TFLOP/s | MFU |\n| --- | --- | --- | --- | --- | --- | --- |")

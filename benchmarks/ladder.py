@@ -75,7 +75,7 @@ def build_peer(path, config, ranks, memory=None, trained=False, offload=False, l
 
 
 def steps_of(config, ranks):
-    """Return [(what is new, flags)] of a table: bench.py's rungs, and between them what is of interest here only."""
+    """Return [(what is new, flags)] of a table: bench.py's rungs, and those in between that only this table shows."""
     full = ("--checkpointing", "full")
     whole = (*full, "--chunk_tokens", "0")
     rows = [(PEER, whole)]                                           # its blocks know no chunks

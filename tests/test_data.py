@@ -368,7 +368,9 @@ CONDITIONS = {"t2v": {}, "i2v": {"y": (3, 3, 4, 4)}, "i2v with CLIP": {"y": (3, 
 
 
 def pairs_for(folder, model, latents=None, words=3, width=5, of_loser=(), **shapes):
-    """Two pairs whose second win has these shapes and whose losers have conditions of their own, which no one reads."""
+    """
+    Two pairs whose second win has these shapes and whose losers have conditions of their own, which nothing reads.
+    """
     usual = (MODELS[model].out_dim, 3, 4, 4)
     for i, (shape, rows, conditions) in enumerate(
         ((usual, 3, CONDITIONS[model]), (latents or usual, words, CONDITIONS[model] | shapes))

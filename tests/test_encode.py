@@ -336,7 +336,7 @@ def test_samples_of_a_video_that_is_damaged_now_are_named_and_pruned(tmp_path, c
 
 
 def spoil(path):
-    """Half of the pictures of an mp4 are lost, its table of contents is whole: seen on decoding only."""
+    """An mp4 that has lost half of its pictures but not its table of contents: only decoding shows it."""
     content = bytearray(path.read_bytes())
     start, end = content.index(b"mdat"), content.index(b"moov")
     middle = (start + end) // 2

@@ -1,5 +1,5 @@
 """
-What is judged in the embedded world: which captions, with which noise, by which model. The probe: fixed pairs, noise
+Evaluation in the embedded world: which captions, with which noise, by which model. The probe: fixed pairs, noise
 and sigmas, whatever the run; what is held back for it. The audit: it finds what was planted and nothing else.
 """
 import dataclasses

@@ -51,7 +51,7 @@ def small_a14b(monkeypatch):
 
 
 def poisoned_copy(tensor):
-    """A copy of a tensor; the original is NaN from then on, so that nobody computes with it unseen."""
+    """A copy of a tensor; the original is NaN from then on, so that no computation can use it unnoticed."""
     local = tensor.to_local() if isinstance(tensor, torch.distributed.tensor.DTensor) else tensor
     copy = tensor.detach().clone()
     with torch.no_grad():
@@ -105,7 +105,7 @@ def exported(out):
 
 
 def assert_close(one, other, tolerance=1e-2):
-    """Are two exports equal, but for this share of the size of each tensor?"""
+    """Whether two exports are equal up to this share of the size of each tensor."""
     assert one.keys() == other.keys() and len(one) == 2
     for file in one:
         assert one[file].keys() == other[file].keys()

@@ -1,5 +1,5 @@
 """
-What is added in the documented places alone: an objective (a row of train.OBJECTIVES), a dataset without files (an
+Extensions in the documented places alone: an objective (a row of train.OBJECTIVES), a dataset without files (an
 argument of train.main). A solver is a row of sample.SOLVERS: test_sample.py.
 """
 import json

@@ -1,5 +1,5 @@
 """
-Files and names from anyone, some thousands: each is read, or refused with a ValueError that names it.
+Thousands of files and names from anyone: each is read, or refused with a ValueError that names it.
 
 None reaches outside its folder; nothing is unpickled.
 """
@@ -106,7 +106,7 @@ def sample_bytes(draw):
 
 
 def all_inputs(number, check, **strategies):
-    """check(drawn) -> was it taken? Of many inputs some are taken and some refused, or the test would say nothing."""
+    """check(drawn) -> was it taken? Some of many inputs are taken and some refused, or the test would prove nothing."""
     taken = []
 
     @inputs(number)

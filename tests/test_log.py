@@ -1,4 +1,4 @@
-"""What a run says: beforehand, in each row of its log, and where a number cannot be right."""
+"""The output of a run: beforehand, in each row of its log, and where a number cannot be right."""
 import fcntl
 import io
 import json

@@ -59,7 +59,7 @@ def merged(model, adapters, strength=1.0):
 
 
 def equal_adapters(one, other):
-    """Are they equal in every bit, names and scales included?"""
+    """Whether they are equal in every bit, names and scales included."""
     assert one.keys() == other.keys()
     return all(torch.equal(one[layer].A[:], other[layer].A[:]) and torch.equal(one[layer].B[:], other[layer].B[:])
                and one[layer].alpha == other[layer].alpha for layer in one)

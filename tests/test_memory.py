@@ -1,4 +1,4 @@
-"""What is kept for backward: how much it is, and that no way of keeping less changes a number."""
+"""Memory kept for backward: how much it is, and that no way of keeping less changes a number."""
 import dataclasses
 import shutil
 from collections import Counter
@@ -426,7 +426,9 @@ def sharded_run(flags, ranks, name, dtype):
 
 
 def sharded_differences(name, cp_size, dtype, ways):
-    """On one of the ranks: what is not equal between each way and off, in words, and the collectives beyond off's."""
+    """
+    On one of the ranks: the differences between each mode and off, in words, and the collectives in addition to off's.
+    """
     ranks = start_ranks(cp_size=cp_size)
     velocity, _, gradients, collectives = sharded_run(MemoryFlags(), ranks, name, dtype)
     differences = {}

@@ -227,7 +227,7 @@ def test_evaluations_sample_the_same_clips_when_ranks_share_the_tokens(world):
 # the two branches' gradients
 
 def branch_norms(world, folder, flags):
-    """What add_branches says of two micro-batches, and the worst difference of the sum that it leaves."""
+    """The metrics of add_branches for two micro-batches, and the worst difference of the sum that it leaves."""
     args, expected = arguments("regdpo", flags), plain_gradients(folder)
     ranks, policy, ref = sharded_models(args, folder)
     dataset, aside = open_data(world / "data", pairs=True), [None] * len(list(policy.parameters()))
@@ -314,7 +314,7 @@ def test_the_plan_says_what_is_on_each_rank_and_what_on_the_cpu():
 # kept activations on the CPU
 
 class Late(memory.Offload):
-    """A device that copies as late as it may: when a copy is waited for, in the order in which they were asked for."""
+    """A device that copies as late as allowed: when a copy is waited for, in the order of the requests."""
     made = []
 
     def __init__(self):

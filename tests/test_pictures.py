@@ -80,7 +80,7 @@ def test_an_animated_png_plays_its_pictures_in_a_loop_and_other_readers_see_the_
 
 
 class Page(HTMLParser):
-    """What is on a page: its tags in order, the cells of its tables, [(alt, bytes)] of its pictures."""
+    """The content of a page: its tags in order, the cells of its tables, [(alt, bytes)] of its pictures."""
     def __init__(self, content):
         super().__init__()
         self.tags, self.texts, self.pictures = [], [], []

@@ -244,7 +244,9 @@ def plain_run(base, data, settings):
 
 
 def plain_row(settings, step, seen, losses, metrics):
-    """What the log must say of the pairs of a step: means over all of them, of some by quarters of sigma too."""
+    """
+    The row that the log must have for the pairs of a step: means over all of them, some also by quarters of sigma.
+    """
     if settings.loss == "sft":
         return {"err_win": seen.err_win.mean().item(), "loss_sft": seen.err_win.mean().item()}
     margin = metrics["margin"].detach()
@@ -303,7 +305,10 @@ def assert_same_rows(rows, expected):
 
 
 def is_same(name, got, expected, plain):
-    """Is a number of a row the plain loop's but for float32? Margins are differences of errors about 3, times beta."""
+    """
+    Whether a number of a row equals the plain loop's up to float32. Margins are differences of errors about 3, times
+    beta.
+    """
     if expected is None or got is None:                    # no pair in this quarter, or at this sampler step
         return got is expected
     slack = 3e-4 * plain["margin_abs"] + 1e-4 if name.startswith("margin") else 3e-6

@@ -99,7 +99,7 @@ def test_preference_training_is_one_curve_however_it_is_cut(world, preference, t
 
 
 def test_a_preference_model_learns_to_tell_clips_at_low_noise_and_not_at_pure_noise(world, tmp_path):
-    """Winners are twice as loud. At sigma 0 to 0.25 that is plain to see; near 1 nothing is left of it."""
+    """Winners are twice as loud. At sigma 0 to 0.25 the difference is plain; near 1 nothing is left of it."""
     for i in range(40):
         generator = torch.Generator().manual_seed(i)
         for kind, loudness in (("real", 1.0), ("negatives", 0.5)):

@@ -1,5 +1,5 @@
 """
-Nothing lost: exact resume, kills at any moment, full disks, signals, numbers that are none, checkpoints from strangers.
+Nothing lost: exact resume, kills at any moment, full disks, signals, NaN, checkpoints from strangers.
 """
 import contextlib
 import errno
@@ -241,7 +241,7 @@ def lock_and_wait(out):
 
 
 def lock_fails(out):
-    """What each rank is told that asks for the lock, and whether a main that raises gives its own lock back."""
+    """The answer that each rank gets when it asks for the lock, and whether a main that raises releases its lock."""
     ranks = start_ranks()
 
     @run_folder.closes_at_end

@@ -178,7 +178,7 @@ def spo_args(tmp_path):
 
 
 def make_batch(positions, shape=(1, 1, 1, 1)):
-    """Captions that say nothing, at these positions of the run; shape (C, F, H, W) of the latents."""
+    """Captions without content, at these positions of the run; shape (C, F, H, W) of the latents."""
     items = [{"win": torch.empty(shape, device="meta"), "context": torch.zeros(1, 4), "name": ""} for _ in positions]
     return train_spo.make_batch(items, positions, "cpu")
 
@@ -825,7 +825,7 @@ def test_a_model_of_given_first_frames_is_trained(ti2v_world, tmp_path):
 def spo_in_bf16(argv, noise):
     """
     train_spo.main as on a machine with bf16 matrices, where the reference's velocity is off by a share `noise`, at
-    random. Returns what is printed, and what it dies of.
+    random. Returns the printed text and the error that ends the run.
     """
     build_model, matrix_dtype = train_spo.build_model, train_spo.matrix_dtype
 

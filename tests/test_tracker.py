@@ -32,7 +32,7 @@ def test_every_number_of_a_row_has_a_name():
 # TensorBoard
 
 def read_events(out):
-    """What TensorBoard shows of a run: {name: {step: number}}, {step: picture (H, W, 3)}, the text of the flags."""
+    """The content of a run in TensorBoard: {name: {step: number}}, {step: picture (H, W, 3)}, the text of the flags."""
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator",
                                       reason="read by tensorboard itself (requirements-video.txt)")
     from PIL import Image
