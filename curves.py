@@ -255,7 +255,7 @@ EQUAL = {"loss_dpo": 0.693, "accuracy": 0.5}                # where policy and r
 
 
 def smooth(values, over):
-    """The running mean: at each place that of the last `over` values, or of all there are so far."""
+    """The running mean: at each place the mean of the last `over` values, or of all values so far."""
     means = []
     for end in range(1, len(values) + 1):
         window = values[max(0, end - over):end]

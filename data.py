@@ -206,8 +206,8 @@ def read_jsonl(path):
 
 def file_inside(folder, name, where, may_miss=False):
     """
-    The file `name` of a manifest's `folder`. A manifest may come from anyone: it names no file outside its folder,
-    links included.
+    The file `name` of a manifest's `folder`. A manifest may come from anyone, so it may not name a file outside its
+    folder, not even through a link.
     """
     try:
         root = Path(folder).resolve()
@@ -257,9 +257,9 @@ def pairs_from_jsonl(path, skip=False):
 
 def open_data(path, pairs, skip=False):
     """
-    What --data names: a PairSet if `pairs`, else a SampleSet of what is preferred. The head of this file has the
-    layouts. skip: unreadable samples, now or later, are replaced (read_item). Samples of two encoders, and pairs of two
-    sizes or prompts, are errors even then.
+    The dataset that --data names: a PairSet if `pairs`, else a SampleSet of the preferred samples. The head of this
+    file has the layouts. skip: unreadable samples, now or later, are replaced (read_item). Samples of two encoders, and
+    pairs of two sizes or prompts, are errors even then.
     """
     path = Path(path)
     if path.suffix == ".jsonl" and path.is_file():

@@ -13,7 +13,7 @@ path in DIR), prompt. Every video is resampled to --fps (the frame at a time is 
 first frame.
 
 All input is looked at before anything is encoded, and all of a video is decoded before its first sample is written: a
-damaged one is an error, or is left out with --skip_damaged. A stopped run resumes. A sample knows its settings, its
+damaged one is an error, or is left out with --skip_damaged. A stopped run resumes. A sample records its settings, its
 video and the encoder's weights: samples of a replaced video are encoded again, those of other settings are refused, and
 those that no row asks for are named, or deleted with --prune. OUT/empty_caption.context holds the text encoder's output
 for "".

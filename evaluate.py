@@ -416,8 +416,8 @@ def statistics(x):
 
 def best_threshold(win, lose):
     """
-    win, lose (N,) -> the share of the 2N numbers on the right side of the best threshold, the threshold, are wins above
-    it.
+    win, lose (N,) -> the share of the 2N numbers on the right side of the best threshold, the threshold, whether wins
+    are above it.
     """
     values, places = torch.cat([win, lose]).sort()
     is_win = (places < len(win)).float()

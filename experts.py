@@ -2,8 +2,8 @@
 What a run trains: policy, reference, average and optimizer of one model, or of each of the two experts of an A14B.
 
 A turn is --switch_every steps with one expert. Which one is a function of (seed, turn), and the share of the turns that
-an expert gets is that of the sigmas on its side of the boundary. All positions of a step draw their sigma there. The
-other expert, with its average and its optimizer's state, waits in CPU memory.
+an expert gets is that of the sigmas on its side of the boundary. All positions of a step draw their sigma on that side.
+The other expert, with its average and its optimizer's state, waits in CPU memory.
 """
 import argparse
 import gc
@@ -114,7 +114,7 @@ def share_of_high(args):
 def turns_of_high(args, turns):
     """
     Return how many of the first `turns` turns are the high-noise expert's: their share, rounded. An offset drawn from
-    the seed decides where it rounds up. Turns that were drawn one by one would be off by several in a run of 30.
+    the seed decides where it rounds up. Turns drawn one by one would miss this share by several turns in a run of 30.
     """
     offset = torch.rand((), generator=randomness(args.seed, 0, "experts"), dtype=torch.float64).item()
     return math.floor(turns * share_of_high(args) + offset)
@@ -210,7 +210,7 @@ class Experts:
                 state[name] = tensor.to(device)
 
     def bring(self, side):
-        """Return the Expert of this name, on the device, from which the other moves away first."""
+        """Return the Expert of this name, on the device; the other is moved away first."""
         if side != self.on_device:
             self.move(self.on_device, "cpu")
             self.move(side, self.device)

@@ -34,7 +34,7 @@ warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a vi
 @dataclass(frozen=True)
 class Ranks:
     """
-    This rank's place among all. Who works on what is a grid data x pair x cp: the ranks of one data row get the same
+    This rank's place among all. The ranks form a grid data x pair x cp: the ranks of one data row get the same
     pairs, sigma and noise; with pair parallelism one half of them runs the winners and the other the losers; cp_size
     ranks share the tokens of each video. Who holds which weights is FSDP's mesh.
     """
@@ -231,7 +231,7 @@ class ContextParallel:
         return filled.narrow(1, self.group.rank() * share, share).clone()
 
     def attend(self, attention, q, k, v):
-        """q, k, v (B, l, N, K) -> (B, l, N * K), by an attention on all tokens of this rank's heads."""
+        """q, k, v (B, l, N, K) -> (B, l, N * K): attention over all tokens, for this rank's heads."""
         out = attention(self.to_heads(q), self.to_heads(k), self.to_heads(v))  # (B, L, N/n * K)
         return self.to_tokens(out, q.shape[1])
 

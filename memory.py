@@ -87,7 +87,7 @@ def save_memory(model, flags, trained):
     stream before every block (4 bytes) and recomputes one block at a time (1.31 / 1.34 with chunks).
     compile: torch.compile of the blocks or, with chunks, of their token-wise halves.
     Chunks and compilation apply to every model alike, so that policy and reference take the same numerical path (but
-    for compiled blocks with an image branch in bf16: inductor rounds otherwise without a gradient, by 8e-5); the
+    for compiled blocks with an image branch in bf16: inductor rounds differently without a gradient, by 8e-5); the
     rest only to a trained one. Under context parallelism, recomputation repeats the exchanges around attention.
     """
     chunk_size = flags.chunk_size
@@ -201,8 +201,8 @@ def memory_plan(args, model, tokens, videos, needs_ref, ranks):
 def attend_alike(attend):
     """
     Return attend (q, k, v -> (B,L,D)) by the same kernel with and without a graph, so that a reference, or a policy
-    under no_grad, computes what a policy in training does. On Hopper, cuDNN has another plan where no gradient is asked
-    for. So a gradient is always asked for here, and the graph is dropped at once. (detach: otherwise a saved output
+    under no_grad, computes what a policy in training does. On Hopper, cuDNN uses another plan where no gradient is
+    needed. So a gradient is always asked for here, and the graph is dropped at once. (detach: otherwise a saved output
     would keep itself alive.)
     """
     def as_in_training(q, k, v):
@@ -296,8 +296,8 @@ class SaveInputs(torch.autograd.Function):
 
 class Chunks(torch.autograd.Function):
     """
-    f on `size` tokens at a time. Backward runs f again and takes its gradients chunk by chunk, so that what f makes
-    lives as long as its chunk. See in_chunks for the arguments.
+    f on `size` tokens at a time. Backward runs f again and takes its gradients chunk by chunk, so that the results of f
+    live only as long as their chunk. See in_chunks for the arguments.
     """
     @staticmethod
     def forward(ctx, f, size, token_inputs, saved, count, *tensors):
@@ -338,7 +338,7 @@ class Chunks(torch.autograd.Function):
 
 def cut(inputs, is_cut, start, size):
     """
-    Return the inputs of the chunk that begins at token `start`, contiguous: torch multiplies others by another kernel
+    Return the inputs of the chunk that begins at token `start`, contiguous: for others, torch takes another kernel
     where the weights are frozen, and a reference would differ from its policy in the last bit.
     """
     return [x[:, start:start + size].contiguous() if cuts else x for x, cuts in zip(inputs, is_cut)]

@@ -42,7 +42,7 @@ class WanConfig:
 
     @property
     def vae(self):
-        """Return whose latents the model is for, by their channels: the embedded world's or a VAE's."""
+        """Return the codec whose latents the model takes, by their channels: the embedded world's or a VAE's."""
         return {12: "embedded", 16: "wan2.1", 48: "wan2.2"}.get(self.out_dim, "unknown")
 
     @property
@@ -154,14 +154,14 @@ def gated_add(x, time_index, gate, update):
 # modules
 
 class Linear32(nn.Linear):
-    """A linear layer that computes in float32, also where its weights are bf16 (FSDP gathers a group in one dtype)."""
+    """A linear layer that computes in float32, even where its weights are bf16 (FSDP gathers a group in one dtype)."""
     def forward(self, x):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
 class LayerNorm32(nn.LayerNorm):
-    """LayerNorm of the residual stream in float32, also where its weights are bf16."""
+    """LayerNorm of the residual stream in float32, even where its weights are bf16."""
     def forward(self, x):
         return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
 

@@ -1,8 +1,8 @@
 """
 The reference's errors, scored once before training and kept in out/ref_errors_KEY.safetensors, for --ref cached.
 
-An error depends on its position, the weights, the data, and the numerical path in the last bits. All that but the
-position is the key; errors of another key are another file, so nothing scored is overwritten.
+An error depends on its position, the weights, the data, and the numerical path in the last bits. Everything but the
+position forms the key; errors with another key go to another file, so nothing scored is overwritten.
 """
 import json
 import time

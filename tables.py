@@ -149,7 +149,7 @@ def read_metadata(folder, skip_damaged=False):
     List of (file:line, video file, prompt), one per video.
 
     Every row and every video of the folder is accounted for; ValueError names the one that is not. Other files are
-    ignored, and with skip_damaged also videos without a row that cannot be read.
+    ignored; with skip_damaged, so are unreadable videos without a row.
     """
     folder = Path(folder)
     table = find_table(folder)

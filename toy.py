@@ -270,8 +270,8 @@ def _seen_shapes(captions, mask, centre, r):
     """
     The outline of the shape in every frame, (B, F): an index into SHAPES.
 
-    It is that of the template of equal area at the measured place, in the caption's colour and seen through the codec,
-    that overlaps best (soft intersection over union). mask (B, F, H, W), centre (B, F, 2), r (B, F).
+    It is the one whose template overlaps best (soft intersection over union), drawn with equal area at the measured
+    place, in the caption's colour and through the codec. mask (B, F, H, W), centre (B, F, 2), r (B, F).
     """
     colours = torch.tensor([COLOURS[parse(caption)[1]] for caption in captions])     # (B, 3)
     contrast = colours[:, :, None, None, None] - BACKGROUND                              # (B, 3, 1, 1, 1)
@@ -287,7 +287,7 @@ def _seen_shapes(captions, mask, centre, r):
 
 def _distances(caption, centre, present):
     """
-    Mean distance of a clip's flight from those that physics continues from its first frame, (8,): one per direction.
+    Mean distance of a clip's path from the paths that physics predicts from its first frame, (8,): one per direction.
 
     In pixels, at most 8 per frame, and 8 for a frame without a shape. centre (F, 2), present (F,).
     """

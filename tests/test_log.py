@@ -30,7 +30,7 @@ def ranks():
 # beforehand
 
 def described(items=24, start=0, unpaired=(), rank_counts=(1, 1), frozen_bias=False, **flags):
-    """The lines of describe_run; rank_counts: ranks, and how many of them have data of their own."""
+    """The lines of describe_run; rank_counts: the number of ranks, and of ranks with data of their own."""
     args = SimpleNamespace(**{"data": "toy", "batch_size": 8, "grad_accum": 2, "cp_size": 1, "steps": 12,
                               "out": Path("out/x")} | flags)
     item = {"win": torch.zeros(12, 3, 4, 6), "lose": 0, "context": torch.zeros(5, 32)}

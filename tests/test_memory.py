@@ -45,7 +45,7 @@ def built(name, flags, dtype, trained=True):
 
 
 def velocity_and_all_gradients(name, flags, dtype=torch.float64):
-    """Of a case of make_golden: {name: velocity or gradient}, of inputs and parameters."""
+    """The velocity and the gradients of inputs and parameters of a case of make_golden, {name: tensor}."""
     model, inputs, grad = built(name, flags, dtype)
     inputs = {key: value.requires_grad_(key != "timestep") for key, value in inputs.items()}
     velocity = model(**inputs)
@@ -69,8 +69,8 @@ def flatten(tensors):
 
 def one_video(config, flags, with_backward=False, targets="", rank=0):
     """
-    Of a video of 81 frames at 832 x 480 in bf16, on fake tensors without arithmetic: bytes kept for backward per token
-    and channel, and the FLOPs of forward and backward (0 without).
+    Bytes kept for backward per token and channel, and the FLOPs of forward and backward (0 without), for a video of 81
+    frames at 832 x 480 in bf16, on fake tensors.
     """
     with FakeTensorMode(allow_non_fake_inputs=True):
         torch.set_default_dtype(torch.bfloat16)

@@ -284,7 +284,7 @@ def test_four_ranks_train_one_model_and_by_default_each_holds_a_quarter_of_it(wo
 
 
 def plan(*flags, videos=2):
-    """The plan of 2^31 numbers over 8 ranks, which are 1 GiB for each, and of 2 videos whose tokens 4 ranks share."""
+    """The plan of 2^31 numbers over 8 ranks, 1 GiB each, and of 2 videos whose tokens 4 ranks share."""
     ranks = SimpleNamespace(mesh=SimpleNamespace(shape=(2, 8)), device=torch.device("cpu"), cp_size=4)
     config = CONFIGS["wan2.1-t2v-1.3b"]
     weight = SimpleNamespace(numel=lambda: 2 ** 31, dtype=torch.float32, requires_grad=True)

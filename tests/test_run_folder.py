@@ -310,8 +310,7 @@ def save_steps(out, first, last, change=0):
 
 def whole(out):
     """
-    The step that `latest` names, which must be whole, as must be all that have the name of a checkpoint; 0 if there is
-    none.
+    The step that `latest` names, or 0. Every folder with a checkpoint's name must be a whole checkpoint.
     """
     for folder in out.glob("step_*"):
         weights, read = stored_weights(folder, "policy")
@@ -788,7 +787,7 @@ class Evil:
 
 @pytest.fixture
 def stranger(tmp_path):
-    """A folder with a checkpoint, and a path that must not come to be."""
+    """A folder with a checkpoint, and a path that must not be created."""
     on_ranks(1, save_steps, tmp_path / "out", 1, 1)
     return tmp_path / "out" / "step_000001", tmp_path / "owned"
 

@@ -66,7 +66,7 @@ def cache(path, change=0, party=1, steps=range(10)):
 
 def kill_until_done(numbers, most, function, *arguments):
     """
-    The same job again and again, each time killed before a random change of its folder, until it comes through. Yields
+    The same job again and again, each time killed before a random change of its folder, until it completes. Yields
     after every kill.
     """
     while True:

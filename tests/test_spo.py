@@ -318,7 +318,7 @@ def make_transition(args, policy, ref, sigma=0.75, sigma_next=0.6):
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_siblings_need_one_forward_of_each_model_and_only_the_means_count(kernel, spo_args):
     """
-    Of two children of one parent the quadratic terms cancel, and the margin is
+    For two children of one parent the quadratic terms cancel, and the margin is
     beta (b / std) mean((z_win - z_lose) (v - v_ref)).
     """
     args = spo_args(f"--kernel {kernel} --clip 0.99")
