@@ -113,8 +113,8 @@ class PairSet:
 
 def empty_caption(dataset, width):
     """
-    The context (T, D = width) of the empty caption: what encode.py stored next to the wins, else no rows, which is the
-    embedded world's.
+    The context (T, D = width) of the empty caption: the one that encode.py stored next to the wins, or no rows, as in
+    the embedded world.
     """
     wins = getattr(dataset, "wins", {})
     stored = read_empty_caption(next(iter(wins)).parent) if wins else None

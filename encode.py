@@ -1,5 +1,5 @@
 """
-Real video to samples, and latents back to something to look at.
+Turns real video into samples, and latents back into videos to look at.
 
     python encode.py --videos DIR --out DATA/real --size 48 64 --frames 8 --fps 8
     python encode.py --decode DATA/real --out look

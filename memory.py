@@ -357,8 +357,9 @@ def add_chunk(total, grad, whole, is_cut, start):
 
 def in_chunks(f, block, size, token_inputs, whole_up_to):
     """
-    Return f, a token-wise half of a block, on `size` tokens at a time; on all of them where there are at most
-    `whole_up_to`. The first `token_inputs` arguments of f are (B, L or 1, ...), the others are the same for all tokens.
+    Return a function that runs f, a token-wise half of a block, on `size` tokens at a time, or on all of them at once
+    where there are at most `whole_up_to`. The first `token_inputs` arguments of f are (B, L or 1, ...), the others are
+    the same for all tokens.
     """
     def chunked(*inputs):
         if inputs[0].shape[1] <= whole_up_to:

@@ -1,5 +1,5 @@
 """
-What a person looks at: PNG pictures, contact sheets, a page and mp4 files, each as the bytes of a file.
+What a person looks at: PNG pictures, contact sheets, HTML pages and mp4 files, each as the bytes of a file.
 
 Videos are tensors (3, F, H, W) with values in [-1, 1], RGB; values outside are clamped.
 """

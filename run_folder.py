@@ -1,5 +1,5 @@
 """
-Everything under --out, so that nothing is lost: config, checkpoints, stopping and resuming, skipped steps.
+Everything under --out, kept so that nothing is lost: config, checkpoints, stopping and resuming, skipped steps.
 
     out/config.json   out/log.jsonl, a row a step   out/step_000500/   out/latest, the step folder to resume from
 

@@ -1,5 +1,5 @@
 """
-One row a step: what it holds, and where it goes: out/log.jsonl, the terminal, a tracker.
+The log: what a step's row holds, and where it goes: out/log.jsonl, the terminal, a tracker.
 """
 import json
 import sys
@@ -172,7 +172,7 @@ class Clock:
         self.steps, self.first = steps, None
 
     def time_left(self, row):
-        """ "2:31 left" after this row, the next of this process."""
+        """The time left after this row, the next of this process, as "2:31 left"."""
         now, pace = time.monotonic(), row["seconds"]
         if self.first is None:
             self.first = (row["step"], now)

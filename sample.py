@@ -1,5 +1,5 @@
 """
-Samplers, and their command line: videos from prompts, and the losing half of GT-Pairs.
+Samplers and their command line: videos from prompts, and the losing half of GT-Pairs.
 
     python sample.py --prompts "small red circle moving fast left" --init toy_base --out samples
     python sample.py --prompts prompts.txt --init Wan2.1-T2V-1.3B --out samples       # original or diffusers folder

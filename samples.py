@@ -35,7 +35,7 @@ EMPTY_CAPTION = "empty_caption.context"
 # fingerprints of files and strings
 
 def seed_of(*parts):
-    """A seed made from anything printable, the same on every machine: 63 bits of its sha256."""
+    """A seed from any printable value, the same on every machine: 63 bits of its sha256."""
     return int.from_bytes(hashlib.sha256(repr(parts).encode()).digest()[:8], "big") >> 1
 
 
@@ -51,7 +51,7 @@ def file_digest(path):
 
 
 def fingerprint(files):
-    """Sixteen hexadecimal digits that name the contents of these files, in this order."""
+    """Sixteen hexadecimal digits that identify the contents of these files, in this order."""
     digest = hashlib.sha256()
     digests = {}    # a win may be in many pairs
     for path in files:
@@ -63,8 +63,8 @@ def fingerprint(files):
 
 def weights_digest(path):
     """
-    Twelve hexadecimal digits that name the weights at path, a file or a folder: sha256 of the sizes of its .safetensors
-    files and of 16 MiB at the start and 1 MiB at the end of each.
+    Twelve hexadecimal digits that identify the weights at path, a file or a folder: sha256 of the sizes of its
+    .safetensors files and of 16 MiB at the start and 1 MiB at the end of each.
     """
     digest = hashlib.sha256()
     files = [Path(path)] if Path(path).is_file() else sorted(Path(path).rglob("*.safetensors"))

@@ -67,7 +67,7 @@ def parse(caption):
 
 def coverage(shape, centre, r):
     """
-    How much of every pixel a shape covers, (..., 32, 32) in [0, 1].
+    The share of every pixel that a shape covers, (..., 32, 32) in [0, 1].
 
     shape: a word; centre (..., 2): x, y in pixels; r (...): pixels.
     """

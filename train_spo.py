@@ -358,8 +358,8 @@ def transition_loss(args, policy, ref, transition, batch, rows):
 def step_backward(args, policy, ref, rolled, index, scale, sums):
     """
     Back-propagate the pairs that this rank's captions have at the index-th sampler step with a pool. scale multiplies
-    the sum over pairs; metrics are added to sums, a Counter. Returns [(name, loss)] of the pairs. Captions without a
-    pair run one row with weight 0: other ranks wait in the collectives of this forward and backward.
+    the sum over pairs; metrics are added to sums, a Counter. Returns [(name, loss)] of the pairs. Where no caption has
+    a pair, one row runs with weight 0, because other ranks wait in the collectives of this forward and backward.
     """
     samples = []
     for batch, transitions in rolled:
@@ -402,7 +402,7 @@ def total_of_videos(sums, ranks):
 def summarise(sums, pairs_at, captions):
     """
     Sums over all ranks -> a row of the log. pairs_at: pairs at each step with a pool; captions: how many were rolled
-    out. Means over pairs are missing where there was no pair.
+    out. Means over pairs are left out where there was no pair.
     """
     row = {name: value / sums["pairs"] for name, value in sums.items() if "/" not in name and name != "pairs"}
     by_step = {}

@@ -1,5 +1,6 @@
 """
-Video and picture files to pictures (3, H, W) in [-1, 1]: the right one at every time, upright, in the right colours.
+Reads video and picture files as pictures (3, H, W) in [-1, 1]: the right one at every time, upright, in the right
+colours.
 
     film = look_at("a.mp4")                                  # when each picture is on show, by the file's packets
     picks = on_show(film, Fraction(16))                      # the picture on show at 0, 1/16, 2/16, ... s, by its stamp

@@ -71,13 +71,13 @@ def pair_loss(args, err_win, err_lose, ref_err_win, ref_err_lose, sigma, outputs
 # files
 
 def write_video(path, video, fps, upscale=1):
-    """An mp4 file of video (3, F, H, W) in [-1, 1]."""
+    """Write video (3, F, H, W) in [-1, 1] to an mp4 file."""
     from pictures import mp4
     write_whole(path, mp4(video, fps, upscale))
 
 
 def write_png(path, image):
-    """A PNG file of image (H, W, 3) uint8."""
+    """Write image (H, W, 3) uint8 to a PNG file."""
     from pictures import png
     write_whole(path, png(image))
 
@@ -147,7 +147,7 @@ def free_port():
 
 
 def in_rank(rank, world_size, port, function, arguments):
-    """function(*arguments) in this process as one rank of a group. Returns what it returns."""
+    """Run function(*arguments) in this process as one rank of a group. Returns what it returns."""
     torch.set_num_threads(1)
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size),
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
@@ -159,14 +159,14 @@ def in_rank(rank, world_size, port, function, arguments):
 
 
 def on_ranks(ranks, function, *arguments):
-    """function(*arguments), a function of a module, on this many ranks. Returns a list: what each rank returns."""
+    """Run function(*arguments), a module-level function, on this many ranks. Returns a list: what each rank returns."""
     port = free_port()
     jobs = [POOLS[rank].submit(in_rank, rank, ranks, port, function, arguments) for rank in range(ranks)]
     return [job.result(timeout=120) for job in jobs]
 
 
 def start(ranks, function, *arguments):
-    """function(*arguments) on this many ranks, in new processes that may be killed. Returns the processes."""
+    """Start function(*arguments) on this many ranks, in new processes that may be killed. Returns the processes."""
     port = free_port()
     processes = [FORKS.Process(target=in_rank, args=(rank, ranks, port, function, arguments)) for rank in range(ranks)]
     for process in processes:
@@ -219,7 +219,10 @@ def spo_main(argv):
 
 
 def four_steps(world, base, out, flags):
-    """Arguments of train.py: four steps of `base` on the pairs of `world`, two checkpoints. flags: more, one string."""
+    """
+    Arguments of train.py: four steps of `base` on the pairs of `world`, two checkpoints. flags: further flags, in one
+    string.
+    """
     return ["--init", str(base), "--data", str(world / "data"), "--out", str(out), "--batch_size", "4", "--steps", "4",
             "--learning_rate", "1e-3", "--warmup_steps", "2", "--save_every", "2", "--keep", "9", "--min_timestep", "0",
             "--ema_decay", "0.9", *flags.split()]
@@ -245,7 +248,7 @@ def same_run(one, other, numbers=1e-3, weights=1e-4):
     """
     Assert that two results of run() have the same losses and final weights, within these relative tolerances.
 
-    What training changed is compared as well: equal starts must not hide unequal steps.
+    The change by training is compared as well: equal starts must not hide unequal steps.
     """
     assert [row["step"] for row in one[0]] == [row["step"] for row in other[0]]
     for a, b in zip(one[0], other[0]):
@@ -264,7 +267,7 @@ def same_run(one, other, numbers=1e-3, weights=1e-4):
 
 
 def one_step(world, out, *flags):
-    """Arguments of train.py: one step of four pairs of `world`. flags: more of them, which win."""
+    """Arguments of train.py: one step of four pairs of `world`. flags: further flags, which take precedence."""
     return ["--init", str(world / "base"), "--data", str(world / "data"), "--out", str(out),
             "--steps", "1", "--batch_size", "4", *flags]
 

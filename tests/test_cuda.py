@@ -45,7 +45,7 @@ def inputs(tmp_path_factory):
 
 
 def train_rows(inputs, out, *flags, script=("train.py",)):
-    """The rows of log.jsonl of a run of train.py in a process of its own. script: how it is started."""
+    """The rows of log.jsonl of a run of train.py in a process of its own. script: the command that starts it."""
     command = [sys.executable, *script, "--init", str(inputs / "base"), "--data", str(inputs / "data"),
                "--out", str(out), "--batch_size", "2", "--probe_every", "0", *flags]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)

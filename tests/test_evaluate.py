@@ -58,7 +58,7 @@ def make_pairs(folder, count, change=lambda win: win, names=("negatives",)):
 # clips of the embedded world
 
 class Still(torch.nn.Module):
-    """A model of velocity 0, under which a clip is the noise that it was drawn from; it keeps the contexts it saw."""
+    """A model of velocity 0, whose clips are the noise they start from; it keeps the contexts it saw."""
     def __init__(self):
         super().__init__()
         self.contexts = []
@@ -548,7 +548,7 @@ def plain_statistics(x):
 
 
 def plain_threshold(win, lose):
-    """The best of all thresholds between two numbers that follow each other: share of right ones, threshold, above."""
+    """The best of all thresholds between neighbouring numbers: share on the right side, threshold, above."""
     values = sorted(win + lose)
     best = (0.5, values[0], False)
     for below, above in zip(values, values[1:]):

@@ -281,7 +281,7 @@ def worked_out(world, tmp_path_factory):
 
 
 def worst_gradients(world, folder, many_flags):
-    """For each of many flags: the worst relative difference of an adapter's gradient on this rank, and other facts."""
+    """For each of many_flags: the worst relative difference of an adapter's gradient on this rank, and other facts."""
     expected, results = torch.load(folder / "expected.pt"), []
     trained = open_lora(folder / "trained.safetensors")
     for flags in many_flags:
@@ -645,7 +645,9 @@ NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", tor
 
 
 def write_public_file(folder, public):
-    """Write a file with a public one's names, shapes and alphas, its matrices a hole in the file. Returns its path."""
+    """
+    Write a file with a public one's names, shapes and alphas; its matrices are a hole in the file. Returns its path.
+    """
     dtype = getattr(torch, public["dtype"])
     header, data, end = {}, b"", 0
     for template, shape in public["keys"].items():
@@ -860,7 +862,7 @@ def sampled(out, init, *flags):
 
 
 def check_merged(base, with_files, with_merged):
-    """Samples of a model, of the same with LoRA files, and of the merged weights: are the last two alike?"""
+    """Samples of a model, of the model with LoRA files, and of the merged weights; the last two must be alike."""
     base, with_files, with_merged = (sample["latents"] for sample in (base, with_files, with_merged))
     assert (with_files - with_merged).norm() < 1e-4 * with_merged.norm()
     assert (base - with_merged).norm() > 0.01 * with_merged.norm()

@@ -259,7 +259,7 @@ def test_branch_norms_and_their_cosine_are_those_of_the_branches_differentiated_
 def one_step(folder, flags):
     """
     A digest of the whole weights as this rank sees them after a step from random ones, how many numbers it holds, and
-    how many there are.
+    how many exist.
     """
     args = arguments("sft", f"--init scratch {flags}")
     ranks = start_ranks(cp_size=args.cp_size, replicate=args.replicate)

@@ -316,7 +316,7 @@ def is_same(name, got, expected, plain):
 
 
 def assert_same_weights(weights, expected, start):
-    """Compared to how far each tensor moved; equal starts must not hide unequal steps."""
+    """Differences are relative to how far each tensor moved: equal starts must not hide unequal steps."""
     assert weights.keys() == expected.keys()
     differences, paths = [], []
     for name, wanted in expected.items():

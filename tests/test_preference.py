@@ -1,4 +1,4 @@
-"""The preference model: what it scores, how train.py trains it, and that its files are told from a policy's."""
+"""The preference model: what it scores, how train.py trains it, and how its files differ from a policy's."""
 import dataclasses
 import json
 import math

@@ -1,4 +1,6 @@
-"""Cached errors of the reference: which run they belong to, what is refused, when they are scored and written."""
+"""
+Cached errors of the reference: which run they belong to, which files are refused, when they are scored and written.
+"""
 import json
 from types import SimpleNamespace
 

@@ -348,7 +348,7 @@ def test_a_kill_in_a_save_leaves_a_whole_checkpoint(tmp_path):
 
 
 def slow_saves_main(flags):
-    """train.main on a slow disk: most of its time goes into the saves."""
+    """Run train.main on a slow disk: most of its time goes into the saves."""
     for name, seconds in (("fsync", 0.04), ("rename", 0.003), ("unlink", 0.003)):
         function = getattr(os, name)
         setattr(
@@ -445,7 +445,7 @@ def test_a_log_that_cannot_be_written_is_named(tmp_path):
 # signals, the clock, restarts
 
 def stopped_main(flags, victim, number, at):
-    """train.main; the rank `victim` gets a signal in the middle of step `at`, others none."""
+    """Run train.main; the rank `victim` gets a signal in the middle of step `at`, the others do not."""
     backward, seen, handlers = (
         train.backward_batch,
         [],
@@ -644,7 +644,7 @@ def test_a_damaged_row_of_the_log_is_named_with_file_and_line_and_does_not_stop_
 
 def poisoned_main(flags, rank, steps, what):
     """
-    train.main; on one rank the loss (or the gradient alone) of the first pair of these steps is not a number. Returns
+    Run train.main; on one rank the loss (or only the gradient) of the first pair of these steps is NaN. Returns
     what was printed, or raised.
     """
     backward, seen, said = train.backward_batch, [], io.StringIO()
@@ -712,7 +712,7 @@ def test_ten_skipped_steps_in_a_row_stop_every_rank_and_name_the_pairs(world, ba
 
 
 def blind_main(flags, rank, path):
-    """train.main; this one rank alone cannot read the file at path."""
+    """Run train.main; this rank alone cannot read the file at path."""
     read = samples.read_sample
     if int(os.environ["RANK"]) == rank:
         samples.read_sample = lambda file: read(file if file != path else file.with_name("gone"))

@@ -41,7 +41,7 @@ def meet(folder, party):
 
 
 def negatives(base, data, change=0, party=1):
-    """What sample.py --pairs does, one sample at a time; killed before a change of the folder."""
+    """Make negatives as sample.py --pairs does, one at a time; the process is killed before a change of the folder."""
     torch.set_num_threads(1)
     model = load_wan(base).eval()
     meet(data / "here", party)
@@ -78,7 +78,7 @@ def kill_until_done(numbers, most, function, *arguments):
 
 
 def contents(folder):
-    """All samples that have a name, which must be whole."""
+    """Every sample under its final name must be whole."""
     found = {path.name: read_sample(path) for path in sample_files(folder)} if list(folder.glob("[!.]*")) else {}
     return {
         name: {key: value.tolist() if torch.is_tensor(value) else value for key, value in sample.items()}
@@ -128,7 +128,7 @@ def test_a_reference_cache_killed_at_random_moments_is_that_of_an_undisturbed_ru
 # thousands of steps
 
 def health(flags, looks):
-    """train.main; what the process holds after each of the steps `looks`: {name: [number at each look]}."""
+    """Run train.main; what the process holds after each of the steps `looks`: {name: [number at each look]}."""
     append, found = run_log.append_row, {"MiB": [], "objects": [], "tensors": [], "files": [], "threads": []}
 
     def look(path, row):

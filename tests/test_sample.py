@@ -146,7 +146,7 @@ def test_euler_converges_to_the_exact_path_of_a_gaussian():
 
 
 class Recorder(torch.nn.Module):
-    """Records what it is asked; its velocity is 0."""
+    """A model that records its inputs; its velocity is 0."""
     def __init__(self):
         super().__init__()
         self.p, self.asked = torch.nn.Parameter(torch.zeros(1)), []
@@ -201,7 +201,7 @@ def test_guidance_moves_from_the_unconditional_to_beyond_the_conditional():
 
 
 class Expert(torch.nn.Module):
-    """Records what it is asked and where it moves; v = 1 with a caption, 0 without."""
+    """A model that records its inputs and its moves; v = 1 with a caption, 0 without."""
     def __init__(self, name, log):
         super().__init__()
         self.name, self.log, self.p = name, log, torch.nn.Parameter(torch.zeros(1))

@@ -421,8 +421,8 @@ def test_the_toy_score_is_the_drift_of_the_clip_behind_the_noise():
 
 def test_a_preference_model_sees_the_candidates_of_a_pool_under_one_noise():
     """
-    Two candidates for the same clip behind different noises score the same, another clip does not, and each score is
-    the model's for that clip noised at this sigma.
+    Two candidates with the same clip under different noise score the same, another clip does not, and each score is the
+    model's for that clip noised at this sigma.
     """
     shape, seen = (2, 1, 2, 3, 3), []
     clips, first, second = torch.randn(3, *shape, generator=torch.Generator().manual_seed(0))

@@ -1,4 +1,4 @@
-"""A run in TensorBoard and in Weights & Biases, read back from their own files; nothing of theirs stops a run."""
+"""A run in TensorBoard and in Weights & Biases, read back from their own files; no error of theirs stops a run."""
 import json
 import os
 import struct
