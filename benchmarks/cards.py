@@ -4,7 +4,7 @@ GB. Needs no GPU.
 
     python benchmarks/cards.py            # rewrites the table "cards" of docs/MEMORY.md; 25 minutes of one core
 
-Every figure is dry_run.py's on the real step: adapters of rank 32 in all layers, their average, one pair at a time.
+dry_run.py counts every figure on the real step: adapters of rank 32 in all layers, their average, one pair at a time.
 """
 import sys
 from pathlib import Path

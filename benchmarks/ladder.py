@@ -4,7 +4,7 @@ Needs no GPU; diffusers for the first row.
 
     python benchmarks/ladder.py > benchmarks/ladder.md
 
-Every figure is dry_run.py's on the real step: full fine-tuning, float32 weights and AdamW, matrices in bf16, one pair
+dry_run.py counts every figure on the real step: full fine-tuning, float32 weights and AdamW, matrices in bf16, one pair
 at a time, no EMA.
 """
 import sys

@@ -36,7 +36,7 @@ def make_tokenizer():
 
 
 def make_vae(large):
-    """The VAE of Wan2.1, or of 2.2 if `large`, narrow."""
+    """A narrow VAE of Wan2.1, or of Wan2.2 if `large`."""
     torch.manual_seed(5)
     if not large:
         return AutoencoderKLWan(base_dim=8, z_dim=16, num_res_blocks=1)

@@ -281,7 +281,7 @@ def test_the_empty_caption_is_stored_with_the_samples(tmp_path):
 
 @pytest.fixture
 def damaged(tmp_path):
-    """videos/ with a good film, one with flipped bits, one without its end, one joined of two, and a broken one."""
+    """A folder videos/ with a good film, one with flipped bits, one cut off, one joined from two, and a broken one."""
     folder = folder_of(tmp_path, good=moving_square(16))
     (folder / "flipped.mkv").write_bytes((VIDEOS / "flipped_bits.mkv").read_bytes())
     joined = numbered_video(folder / "joined.ts", 30)
