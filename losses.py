@@ -153,7 +153,9 @@ def regdpo_loss(err_win, err_lose, ref_err_win, ref_err_lose, beta, r=None, r_sc
         margin = -beta * ((err_win - ref_err_win) - (err_lose - ref_err_lose)),   dgr = beta * sigmoid(-margin)
         r      = the number given; for None, max(r_scale * dgr, r_min) of each pair, detached
 
-    c_win, c_lose = dgr + r, dgr. The paper uses r = dgr (the defaults) and, fixed, 25 to 500 at beta 1000.
+    The gradient is (dgr + r) * d err_win - dgr * d err_lose: c_win, c_lose = dgr + r, dgr, both beta / 2 or more at
+    first, so divide the loss by beta before a gradient is clipped. The paper uses r = dgr (the defaults) and, fixed, 25
+    to 500 at beta 1000.
     Two things are inferred, since the paper does not say them: r takes no gradient (Eq. 49 treats it as a constant),
     and each pair has its own (dgr is inside the expectation in Eqs. 41-42, and a batch mean would depend on how the
     batch is cut).
@@ -347,10 +349,10 @@ def safeguard_coefficient(v_pred_win, v_target_win, v_pred_lose, v_target_lose, 
         1 where <d_win, d_lose> <= 0, else min(1, (1 - mu) * |d_win|^2 / <d_win, d_lose>)
 
     so that a step in output space along -d_win + coefficient * d_lose has <step, d_win> <= -mu * |d_win|^2: to first
-    order the win error falls. mu in [0, 1]; published are 0.9 (SD1.5) and 0.6 (SDXL). One factor per video is inferred:
-    the public code takes one per batch, and adds 1e-9 to a divisor that cannot be 0 here.
-    mask (1 = counts): see flow_error. Needs the outputs of both videos in one place.
-    ValueError if mu is outside [0, 1] or the shapes differ.
+    order the win error falls. mu in [0, 1]; published values are 0.9 (SD1.5) and 0.6 (SDXL). One factor per video is
+    inferred: the public code takes one per batch, and adds 1e-9 to a divisor that cannot be 0 here. mask (1 = counts):
+    see flow_error. Needs the outputs of both videos in one place. ValueError if mu is outside [0, 1] or the shapes
+    differ.
     """
     if not 0 <= mu <= 1:
         raise ValueError(f"mu is {mu}: expected [0, 1]")

@@ -209,7 +209,9 @@ def read_row(where, row):
 
 
 def read_csv(path):
-    """List of ("file:line", dict), like data.read_jsonl. A quote in a quoted cell is written twice, as Excel does."""
+    """
+    List of ("file:line", dict), like data.read_jsonl. A quote inside a quoted cell is doubled, as in Excel's files.
+    """
     rows = []
     columns = None
     line = 0                                                          # the last one read

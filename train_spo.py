@@ -181,7 +181,7 @@ def make_batch(items, positions, device):
 # scores
 
 def run_model(model, x, sigma, batch):
-    """Velocities, or a preference model's scores (B,), of x (B, C, F, H, W) at sigma, a float: sample.call_model."""
+    """Velocities of x (B, C, F, H, W) at sigma, a float, or a preference model's scores (B,); see sample.call_model."""
     inputs = {name: value for name, value in batch.items() if torch.is_tensor(value)}
     timestep = torch.full((len(x),), 1000 * sigma, device=x.device)
     return call_model(model, x, timestep, **inputs)

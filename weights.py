@@ -65,7 +65,7 @@ DIFFUSERS_FIELDS = {                                                     # WanCo
 
 
 def rename(name, table):
-    """Rename by a table: blocks.3.ffn.0.weight takes the table's name for blocks.*.ffn.0; other names stay."""
+    """Rename by a table: blocks.3.ffn.0.weight takes the table's entry for blocks.*.ffn.0; other names stay."""
     block, stem, leaf = re.fullmatch(r"(blocks\.\d+\.)?(.*?)(\.weight|\.bias)?", name).groups("")
     new = table.get("blocks.*." + stem if block else stem)
     return name if new is None else new.replace("blocks.*.", block) + leaf

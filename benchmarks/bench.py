@@ -483,7 +483,7 @@ def parse_args(argv):
     add("--timed", type=int, default=5, help="steps whose median is shown")
     add("--weights", default="", help="folder with weights to measure on; if empty, random ones")
     add("--within", type=float, default=0.0, help="GB of GPU memory that a run may take; 0: all")
-    add("--with_plan", action="store_true", help="show the plan's memory on a CPU too, where it is in bf16")
+    add("--with_plan", action="store_true", help="show the planned memory on a CPU too; a plan assumes bf16")
     args, flags = p.parse_known_args(argv)
     for flag in ("ranks", "gpu_memory", "margin", "host_memory", "frames", "tokens", "timed", "warm_up", "within"):
         least = 1 if flag in ("ranks", "timed") else 0

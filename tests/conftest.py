@@ -101,7 +101,7 @@ def world(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def base(tmp_path_factory):
-    """The folder of a model whose steps take milliseconds; next to it judge/, a preference model of that size."""
+    """The folder of a model whose steps take milliseconds; judge/ next to it is a preference model of that size."""
     torch.manual_seed(5)
     config = dataclasses.replace(CONFIGS["tiny"], dim=32, ffn_dim=64, num_layers=2, num_heads=2)
     model, judge = WanModel(config), WanModel(dataclasses.replace(config, scores=True))

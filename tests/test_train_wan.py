@@ -162,7 +162,7 @@ def test_the_clean_frame_of_ti2v_counts_neither_in_the_error_nor_in_what_it_is_d
 @pytest.mark.parametrize("sampling", ["uniform", "logit_normal"])
 @pytest.mark.parametrize("low, high", [(875, 1000), (0, 900)])
 def test_every_timestep_that_reaches_an_expert_is_inside_its_range(worlds, sampling, low, high):
-    """A range that were cut before the shift of 12 would give the low-noise expert timesteps up to 990."""
+    """A range cut before the shift of 12 would give the low-noise expert timesteps up to 990."""
     args = train.parse_args(
         ["--timestep_sampling", sampling, "--flow_shift", "12", "--min_timestep", str(low), "--max_timestep", str(high)]
     )
