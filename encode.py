@@ -393,7 +393,7 @@ def parse_args(argv=None):
     add("--decode", type=str, default="",
         help="instead of --videos: folder of samples to turn into mp4 files and a contact sheet")
     add("--out", required=True, default=argparse.SUPPRESS,
-        help="folder to write to; samples that exist already are kept if they fit")
+        help="folder to write to; existing samples are kept if their settings fit")
     add("--skip_damaged", action="store_true",
         help="leave damaged videos out, count and list them; without it, one is an error")
     add("--prune", action="store_true",
@@ -406,14 +406,14 @@ def parse_args(argv=None):
              "its turn comes")
     add("--model", type=str, default="",
         help=f"wan: the model the samples are for, which says which VAE and conditions: {', '.join(CONFIGS)}")
-    add("--text_only", action="store_true", help="wan2.2-ti2v-5b: no first_latent, so samples for text-to-video")
+    add("--text_only", action="store_true", help="wan2.2-ti2v-5b: make samples for text-to-video, without first_latent")
     # clips
     add("--fps", type=Fraction, default=Fraction(8), help="frames a second of the samples; 29.97 or 30000/1001 will do")
     add("--size", type=int, nargs=2, default=[32, 32], metavar=("H", "W"),
         help="pixels; videos are scaled to cover it, then cropped")
     add("--frames", type=int, default=8, help="frames of a sample")
     add("--stride_frames", type=int, default=0,
-        help="frames from the start of one clip of a video to the next; 0: as many as --frames, end to end")
+        help="frames from the start of a clip to the start of the next; 0: --frames, so that clips are end to end")
     add("--clips_per_video", type=int, default=0, help="at most this many clips of a video, spread evenly; 0: all")
     add("--limit", type=int, default=0, help="stop after this many samples, existing ones included; 0: no limit")
     args = parser.parse_args(argv)

@@ -225,8 +225,8 @@ class HeldOut:
 class Preview:
     """
     Samples of a few captions of any data in the course of a run, with the same noise each time, as HeldOut has them for
-    the embedded world. It writes latents, so that training needs no decoder: real, before and now next to each
-    other in one sample, which `encode.py --decode` turns into one mp4. Pictures show them in false colours.
+    the embedded world. It writes latents, so that training needs no decoder: one sample has real, before and now next
+    to each other, and `encode.py --decode` turns it into an mp4. Pictures show them in false colours.
     """
 
     def __init__(self, dataset, sampler, count=4):

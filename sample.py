@@ -315,7 +315,7 @@ def make_negatives(model, missing, settings, sampler, batch_size=64, negative=No
     Write the missing negatives (of missing_negatives, made with negative_settings): the model's own clips of the real
     samples' captions and conditions; with sampler.renoise below 1 from the noised real clip, so that pairs differ less.
 
-    Conditions are not written again: training takes the real sample's for both. Files appear whole: killed runs resume.
+    Conditions are left out: training takes the real sample's for both videos. Killed runs resume.
     """
     bar = tqdm(total=len(missing), desc="negatives", unit="clip", disable=not progress or not missing)
     for start in range(0, len(missing), batch_size):

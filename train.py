@@ -142,7 +142,7 @@ def parse_args(argv):
     p = argparse.ArgumentParser(description=__doc__, formatter_class=Help, allow_abbrev=False)
     add = p.add_argument
     # what to train
-    add("--loss", default="regdpo", choices=OBJECTIVES, help="objective, see losses.py; preference trains a scorer")
+    add("--loss", default="regdpo", choices=OBJECTIVES, help="objective (see losses.py); preference trains a scorer")
     add("--model", default="auto", choices=["auto", *CONFIGS], help="the model that --init must hold; auto: any")
     add("--init", default="toy_base", help="weights of policy and reference; 'scratch': random ones")
     add("--data", default="toy", help="folder with real/ and negatives*/, .jsonl of pairs, or 'toy'")
@@ -161,10 +161,10 @@ def parse_args(argv):
     add("--max_timestep", type=float, default=1000.0, help="highest timestep trained on")
     # the optimizer
     add("--steps", type=int, default=300, help="optimizer steps")
-    add("--switch_every", type=int, default=0, help="steps in a row with one expert, where --init holds two; 0: 10")
+    add("--switch_every", type=int, default=0, help="steps in a row with one expert where --init holds two; 0: 10")
     add("--batch_size", type=int, default=16, help="pairs a step, over all ranks and accumulation steps")
     add("--grad_accum", type=int, default=1, help="parts that a rank splits its pairs of a step into")
-    add("--learning_rate", type=float, default=1e-4, help="suits the tiny model; Wan: 1e-6 to 1e-5")
+    add("--learning_rate", type=float, default=1e-4, help="peak learning rate; Wan: 1e-6 to 1e-5")
     add("--weight_decay", type=float, default=1e-3, help="weight decay of AdamW")
     add("--warmup_steps", type=int, default=20, help="first steps (of each expert), over which the learning rate rises")
     add("--decay_steps", type=int, default=0, help="last steps, over which the learning rate falls to 0")
@@ -184,7 +184,7 @@ def parse_args(argv):
     # the run's folder
     run_folder.add_folder_flags(p, save_every=100)     # --save_every --keep --save_minutes --resume
     add("--probe_every", type=int, default=50, help="steps between looks at held-out pairs; 0: never")
-    add("--hold_back", type=int, default=0, help="wins kept for the probe, with all their losers")
+    add("--hold_back", type=int, default=0, help="wins held back for the probe, with their losers")
     add("--log_every", type=int, default=10, help="steps between printed lines; log.jsonl has every step")
     # the embedded world, and previews of other data
     add("--toy_clips", type=int, default=512, help="real clips made for --data toy")

@@ -85,7 +85,7 @@ def parse_args(argv):
     p.add_argument("--batch_size", type=int, default=16, help="captions a step, over all ranks and accumulation steps")
     p.add_argument("--updates", type=int, default=4, help="optimizer steps a roll-out")
     p.add_argument("--grad_accum", type=int, default=1, help="parts that a rank splits its captions into")
-    p.add_argument("--learning_rate", type=float, default=3e-4, help="suits the tiny model; Wan: 1e-6 to 1e-5")
+    p.add_argument("--learning_rate", type=float, default=3e-4, help="peak learning rate; Wan: 1e-6 to 1e-5")
     p.add_argument("--weight_decay", type=float, default=1e-3, help="weight decay of AdamW")
     p.add_argument("--warmup_steps", type=int, default=10, help="first updates, over which the learning rate rises")
     p.add_argument("--max_grad_norm", type=float, default=1.0, help="clip the gradient of loss / beta to this norm")
@@ -188,7 +188,7 @@ def run_model(model, x, sigma, batch):
 
 
 def velocity(model, x, sigma, batch, guidance):
-    """The velocity (B, C, F, H, W) with guidance. One function rolls out and trains, or ratios would not start at 1."""
+    """The velocity (B, C, F, H, W) with guidance, for roll-outs and training alike, so that ratios start at 1."""
     v = run_model(model, x, sigma, batch)
     if guidance == 1:
         return v

@@ -467,16 +467,16 @@ def parse_args(argv):
         help="print what one step needs and whether it fits; without flags about memory, the first ones that fit")
     add("--model", default="auto", choices=["auto", *CONFIGS],
         help="auto: 14b to plan; to measure, 1.3b on a GPU and tiny on a CPU")
-    add("--frames", type=int, default=0, help="frames of a clip; 0: what the model is sampled at")
+    add("--frames", type=int, default=0, help="frames of a clip; 0: the model's usual number")
     add("--size", type=int, nargs=2, default=(0, 0), metavar=("HEIGHT", "WIDTH"),
-        help="pixels of a clip; 0 0: what the model is sampled at")
+        help="height and width of a clip in pixels; 0 0: the model's usual size")
     add("--tokens", type=int, default=0,
         help="tokens of a video, instead of --frames and --size; of a clip, memory and FLOPs depend on its tokens only")
-    add("--ranks", type=int, default=1, help="GPUs; to measure without GPUs, CPU processes")
+    add("--ranks", type=int, default=1, help="number of GPUs or, to measure without GPUs, of CPU processes")
     # of plans
-    add("--gpu_memory", type=float, default=80.0, help="GB of one GPU, of 1e9 bytes (what is sold as 80 has up to 85)")
+    add("--gpu_memory", type=float, default=80.0, help="memory of a GPU in GB of 1e9 bytes (80 as sold: up to 85)")
     add("--margin", type=float, default=6.0,
-        help="GB of it left for what a plan does not see: CUDA, NCCL and cuBLAS, and gaps between tensors")
+        help="GB of it left free for what a plan does not see: CUDA, NCCL, cuBLAS and gaps between tensors")
     add("--host_memory", type=float, default=200.0, help="GB of CPU memory for each GPU (8 share 2 TB, less some)")
     # of measurements
     add("--warm_up", type=int, default=2, help="steps before those that are timed")

@@ -53,8 +53,8 @@ def negatives(base, data, change=0, party=1):
 
 def cache(path, change=0, party=1, steps=range(10)):
     """
-    The errors of a reference that is the position itself, 4 a step for 10 steps or some of them, written after each;
-    killed before a change of the folder.
+    Score a reference whose errors are the positions themselves, 4 a step for 10 steps or some of them, written after
+    each step; the process is killed before a change of the folder.
     """
     ranks, key = start_ranks(), {"seed": 0}
     errors = open_errors(path, key, 40)

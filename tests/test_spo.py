@@ -303,7 +303,8 @@ def test_a_score_that_is_nan_stops_the_roll_out(spo_args):
 
 def make_transition(args, policy, ref, sigma=0.75, sigma_next=0.6):
     """
-    Three next states drawn for win and for lose by ref, in float64: the Transition, its batch, and the noise of both.
+    Three next states each for win and lose, drawn from ref in float64: the Transition, its batch, and the noise of
+    both.
     """
     x, z_win, z_lose = tensors(3, 2, 2, 2, count=3)[:, :, None]               # (3, 1, 2, 2, 2) each
     with torch.no_grad():
