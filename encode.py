@@ -408,7 +408,7 @@ def parse_args(argv=None):
         help=f"wan: the model the samples are for, which says which VAE and conditions: {', '.join(CONFIGS)}")
     add("--text_only", action="store_true", help="wan2.2-ti2v-5b: make samples for text-to-video, without first_latent")
     # clips
-    add("--fps", type=Fraction, default=Fraction(8), help="frames a second of the samples; 29.97 or 30000/1001 will do")
+    add("--fps", type=Fraction, default=Fraction(8), help="frames per second of the samples; also 30000/1001")
     add("--size", type=int, nargs=2, default=[32, 32], metavar=("H", "W"),
         help="pixels; videos are scaled to cover it, then cropped")
     add("--frames", type=int, default=8, help="frames of a sample")
@@ -434,3 +434,5 @@ if __name__ == "__main__":
         main(parse_args())
     except ValueError as error:
         sys.exit(f"encode.py: {error}")
+    except ModuleNotFoundError as error:
+        sys.exit(f"encode.py: {error}; real video needs it: pip install -r requirements-video.txt")

@@ -256,7 +256,7 @@ def split_scale(flag, text):
 
 def open_lora_files(flag, texts, config, expert=""):
     """
-    Return the LoraFiles of a command line's flag, texts FILE or FILE:SCALE, for a model of config. expert: "high" or
+    Return the LoraFiles that a flag lists as FILE or FILE:SCALE, for a model of config. expert: "high" or
     "low" where the model is one of two. ValueError for a file that is not for this model, or would change nothing.
     """
     other = {"high": "low", "low": "high", "": None}[expert]

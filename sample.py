@@ -314,7 +314,6 @@ def make_negatives(model, missing, settings, sampler, batch_size=64, negative=No
     """
     Write the missing negatives (of missing_negatives, made with negative_settings): the model's own clips of the real
     samples' captions and conditions; with sampler.renoise below 1 from the noised real clip, so that pairs differ less.
-
     Conditions are left out: training takes the real sample's for both videos. Killed runs resume.
     """
     bar = tqdm(total=len(missing), desc="negatives", unit="clip", disable=not progress or not missing)
@@ -382,16 +381,16 @@ def parse_args(argv):
     add("--image", nargs="+", default=[], help="first frame (i2v, flf2v, ti2v): a picture for all prompts or for each; "
         "transparent parts are put on white")
     add("--last_image", nargs="+", default=[], help="last frame (flf2v): a picture for all prompts or for each")
-    add("--per_prompt", type=int, default=1, help="samples of each prompt")
+    add("--per_prompt", type=int, default=1, help="number of samples of each prompt")
     add("--name_by", default="number", choices=["number", "prompt", "prompt180"], help="names of the "
         "files: 00000, PROMPT-0 (as in VBench), or the prompt cut to 180 characters (as in VBench-2.0)")
     add("--out", default="samples", help="folder to write samples, mp4 files and a contact sheet to")
     add("--frames", type=int, default=0, help="frames of a video")
     add("--size", type=int, nargs=2, default=[0, 0], metavar=("H", "W"), help="pixels; pictures are cropped to this")
-    add("--fps", type=int, default=0, help="frames a second of the mp4 files")
+    add("--fps", type=int, default=0, help="frames per second of the mp4 files")
     add = parser.add_argument_group("with --pairs").add_argument
     add("--name", default="negatives", help="folder of the negatives; must start with 'negatives'")
-    add("--per_sample", type=int, default=1, help="negatives for each real sample")
+    add("--per_sample", type=int, default=1, help="number of negatives for each real sample")
     add("--renoise", type=float, default=1.0, help="noise real clips to this sigma, then denoise; 1: noise alone")
     add = parser.add_argument_group("sampler (0, auto: the value of the model's authors)").add_argument
     add("--solver", default="auto", help=" or ".join(SOLVERS))
@@ -557,3 +556,5 @@ if __name__ == "__main__":
         main(parse_args(sys.argv[1:]))
     except ValueError as error:
         sys.exit(f"sample.py: {error}")
+    except ModuleNotFoundError as error:
+        sys.exit(f"sample.py: {error}; real video needs it: pip install -r requirements-video.txt")

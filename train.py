@@ -187,11 +187,11 @@ def parse_args(argv):
     add("--hold_back", type=int, default=0, help="wins held back for the probe, with their losers")
     add("--log_every", type=int, default=10, help="steps between printed lines; log.jsonl has every step")
     # the embedded world, and previews of other data
-    add("--toy_clips", type=int, default=512, help="real clips made for --data toy")
+    add("--toy_clips", type=int, default=512, help="number of real clips made for --data toy")
     add("--sample_every", type=int, default=0, help="steps between evaluations or previews; 0: none")
     add("--eval_clips", type=int, default=256, help="held-out captions of an evaluation, 64 or more; 0: none")
-    add("--sample_steps", type=int, default=20, help="sampler steps of negatives and evaluations")
-    add("--guidance", type=float, default=1.0, help="guidance of negatives and evaluations; 1: none")
+    add("--sample_steps", type=int, default=20, help="sampler steps for negatives and evaluations")
+    add("--guidance", type=float, default=1.0, help="guidance for negatives and evaluations; 1: none")
     args = p.parse_args(argv)
     args.defaults = {name: p.get_default(name) for name in vars(args)}
     return args

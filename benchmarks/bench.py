@@ -479,8 +479,8 @@ def parse_args(argv):
         help="GB of it left free for what a plan does not see: CUDA, NCCL, cuBLAS and gaps between tensors")
     add("--host_memory", type=float, default=200.0, help="GB of CPU memory for each GPU (8 share 2 TB, less some)")
     # of measurements
-    add("--warm_up", type=int, default=2, help="steps before those that are timed")
-    add("--timed", type=int, default=5, help="steps whose median is shown")
+    add("--warm_up", type=int, default=2, help="number of steps before the timed ones")
+    add("--timed", type=int, default=5, help="number of timed steps, whose median is shown")
     add("--weights", default="", help="folder with weights to measure on; if empty, random ones")
     add("--within", type=float, default=0.0, help="GB of GPU memory that a run may take; 0: all")
     add("--with_plan", action="store_true", help="show the planned memory on a CPU too; a plan assumes bf16")

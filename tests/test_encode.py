@@ -1,4 +1,6 @@
 import json
+import runpy
+import sys
 from fractions import Fraction
 
 import numpy as np
@@ -9,7 +11,7 @@ av = pytest.importorskip("av", reason="real video needs PyAV: pip install -r req
 
 import encode
 import toy
-from conftest import write_video
+from conftest import ROOT, write_video
 from samples import fingerprint, read_empty_caption, read_sample, sample_files, write_sample
 from encode import check_clip, clip_starts, main, parse_args
 from make_videos import VIDEOS, folder_of, moving_square, numbered_video, psnr, read_all, refusal
@@ -383,3 +385,12 @@ def test_decoding_refuses_what_no_encoder_here_wrote(tmp_path):
     assert f"{tmp_path}/empty: no such folder" in refusal(
         run, "--decode", tmp_path / "empty", "--out", tmp_path / "look"
     )
+
+
+def test_without_pyav_the_command_says_what_to_install(tmp_path, monkeypatch):
+    folder = folder_of(tmp_path, square=moving_square())
+    monkeypatch.setitem(sys.modules, "av", None)
+    monkeypatch.setattr(sys, "argv", ["encode.py", "--videos", str(folder), "--out", str(tmp_path / "real")])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / "encode.py"), run_name="__main__")
+    assert "av" in end.value.code and "pip install -r requirements-video.txt" in end.value.code
