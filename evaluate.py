@@ -436,9 +436,9 @@ def auc(win, lose):
 
 def audit(pairs, sigmas):
     """
-    How often one simple number of the noisy video tells wins from losers. pairs: list of (win, lose), (C, F, H, W)
-    each. The number and its threshold are picked on every other pair and tried on the rest. Returns one {"sigma",
-    "accuracy", "statistic", "auc"} for each sigma.
+    The accuracy with which one simple number of the noisy video tells wins from losers. pairs: list of (win, lose), (C,
+    F, H, W) each. The number and its threshold are picked on every other pair and tried on the rest. Returns one
+    {"sigma", "accuracy", "statistic", "auc"} for each sigma.
     """
     win = torch.stack([win for win, _ in pairs])
     lose = torch.stack([lose for _, lose in pairs])

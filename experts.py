@@ -1,8 +1,8 @@
 """
 What a run trains: policy, reference, average and optimizer of one model, or of each of the two experts of an A14B.
 
-A turn is --switch_every steps with one expert. Which one is a function of (seed, turn), and the share of the turns that
-an expert gets is that of the sigmas on its side of the boundary. All positions of a step draw their sigma on that side.
+A turn is --switch_every steps with one expert. The expert of a turn is a function of (seed, turn); an expert's share of
+the turns is the share of the sigmas on its side of the boundary. All positions of a step draw their sigma on that side.
 The other expert, with its average and its optimizer's state, waits in CPU memory.
 """
 import argparse

@@ -14,13 +14,13 @@ Errors     err_win, err_lose (policy, with gradient), ref_err_win, ref_err_lose 
                                                       at first, 0 when the pair is learnt
                accuracy = 1 where margin > 0, 1/2 at a tie, else 0
                loss_dpo = -log sigmoid(margin)        without weights and penalties
-           These mean the same for every offline objective (ipo_loss has no beta). If one has another number than margin
-           inside its sigmoid, the metrics also hold that number, as "logit", and dgr belongs to it. spo_loss and
+           These mean the same for every offline objective (ipo_loss has no beta). If its sigmoid holds another number
+           than margin, the metrics also have that number, as "logit", and dgr is that of the logit. spo_loss and
            preference_loss have no errors: their docstrings say what margin and loss_dpo are there.
 Returns    losses (B,) and metrics {name: detached (B,)}. No loss averages over pairs: losses.mean() is for the caller.
 Gradient   of an offline objective: d losses = c_win * d err_win - c_lose * d err_lose, two numbers per pair that each
-           docstring gives. That is a condition on a new one too: it reads the errors, and nothing else that needs a
-           gradient. So the two branches can be back-propagated one at a time, or on two ranks, with c_win and c_lose
+           docstring gives. A new objective must keep this form: it may read the errors, and nothing else that needs
+           a gradient. So the two branches can be back-propagated one at a time, or on two ranks, with c_win and c_lose
            from autograd on the four errors alone.
 beta       multiplies a difference of *mean* squared errors, with no extra 1/2 (hundreds to thousands; a |margin| above
            5 is saturated). 5000 in Diffusion-DPO, VideoDPO and RealDPO, which halve it inside, is 2500 here; 100 in
@@ -319,7 +319,7 @@ def dpop_loss(err_win, err_lose, ref_err_win, ref_err_lose, beta, penalty):
 
         losses = -log sigmoid(logit),   logit = margin - beta * penalty * max(win_gap, 0)
 
-    c_win, c_lose = dgr * (1 + penalty), dgr where win_gap > 0; elsewhere dgr, dgr, and all is equal to dpo_loss.
+    c_win, c_lose = dgr * (1 + penalty), dgr where win_gap > 0; elsewhere dgr, dgr, as in dpo_loss.
     loss_dpo in the metrics is -log sigmoid(margin), without the penalty.
     ValueError: beta <= 0; penalty < 0.
     """

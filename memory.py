@@ -1,7 +1,7 @@
 """
-What a block keeps for backward, decided from outside the model with torch's own tools: checkpointing, saved-tensor
-hooks and compilation. save_memory is the one call that applies it; its docstring has the bytes, the FLOPs and the time
-of each mode.
+Decides what a block keeps for backward, from outside the model and with torch's own tools: checkpointing, saved-tensor
+hooks and compilation. save_memory is the one call that applies them; its docstring has the bytes, the FLOPs and the
+time of each mode.
 """
 import resource
 import sys

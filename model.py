@@ -298,8 +298,8 @@ class Head(nn.Module):
 
 class ScoreHead(nn.Module):
     """
-    The head of a preference model: what each token adds to the score of a noisy video, (B, L, 1) float32. The score is
-    the mean over tokens, on a logit scale. Tokens carry their sigma and caption from the blocks.
+    The head of a preference model: each token's contribution to the score of a noisy video, (B, L, 1) float32. The
+    score is the mean over tokens, on a logit scale. Tokens carry their sigma and caption from the blocks.
     """
     def __init__(self, config):
         super().__init__()

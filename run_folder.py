@@ -127,7 +127,10 @@ def run_settings(args, may_change, **contents):
 
 
 def describe_run(args, dataset, tokens, start, ranks, name, model, memory):
-    """What will happen, as lines of text. name: of the model; memory: the line about it; tokens: of a video."""
+    """
+    A description of the run that is about to start, as lines of text. name: of the model; memory: the line about it;
+    tokens: of a video.
+    """
     parameters = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     share_trained = "" if trained == parameters else f", {trained:,} of them trained"
@@ -336,7 +339,7 @@ def check_first_margin(margin, beta, half):
 # checkpoints
 
 def state_of(policy, optimizer, ema):
-    """What a checkpoint holds: this rank's shards, {"model", "optimizer", and "ema" where there is one}."""
+    """The contents of a checkpoint: this rank's shards, {"model", "optimizer", and "ema" where there is one}."""
     model, moments = get_state_dict(policy, optimizer, options=state_options(policy))
     state = {"model": model, "optimizer": moments}
     if isinstance(ema, nn.Module):

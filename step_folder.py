@@ -94,7 +94,7 @@ def step_folder_of(folder):
 
 
 def read_meta(folder):
-    """What a run recorded in a step folder (see step_folder_of): {name: value}."""
+    """The settings that a run recorded in a step folder (see step_folder_of): {name: value}."""
     return json.loads((step_folder_of(folder) / "meta.json").read_text(encoding="utf-8"))
 
 

@@ -239,7 +239,7 @@ class PixelCodec:
 
 def _moments(video):
     """
-    Where the shape is and how large: mask (..., F, H, W) in [0, 1], area (..., F) in pixels, centre (..., F, 2).
+    The place and size of the shape: mask (..., F, H, W) in [0, 1], area (..., F) in pixels, centre (..., F, 2).
 
     centre is x, y in pixels, the middle of the frame where there is no shape.
     video (..., 3, F, 32, 32) in [-1, 1].

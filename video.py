@@ -238,7 +238,7 @@ def matroska_end(container, stream):
 
 
 def is_cut_off(path, kind):
-    """Whether a file ends before it says: its Matroska segment, its RIFF chunk or its last TS packet is not whole."""
+    """Whether a file is cut off: its Matroska segment, its RIFF chunk or its last TS packet is not whole."""
     size = Path(path).stat().st_size
     with open(path, "rb") as file:
         head = file.read(4096)

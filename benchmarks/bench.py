@@ -1,5 +1,5 @@
 """
-What a training step needs before it is run, and what it took: memory, FLOPs and seconds of train.py's own step.
+Plans and measures a training step: memory, FLOPs and seconds of train.py's own step.
 
     python benchmarks/bench.py --plan --ranks 8                # 14B: the first flags with which 81 frames fit
     python benchmarks/bench.py --plan --ranks 8 --size 720 1280 --backward pair --checkpointing full       # these flags

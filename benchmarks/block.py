@@ -1,6 +1,6 @@
 """
-What one policy forward and backward keeps and takes, next to diffusers' and DiffSynth's Wan models with the same
-weights in the same process.
+The memory and time of one forward and backward of the policy, compared with diffusers' and DiffSynth's Wan models with
+the same weights in the same process.
 
     OMP_NUM_THREADS=1 python benchmarks/block.py > benchmarks/block_cpu.md
 

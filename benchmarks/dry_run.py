@@ -1,7 +1,7 @@
 """
-What a training step takes, counted without a GPU. train.py's own step (with fsdp_utils.py, memory.py and model.py) runs
-on fake tensors, as one rank of a fake process group, while a TorchDispatchMode counts every live storage. bench.py and
-ladder.py ask for it; training does not need this file.
+Counts the memory and FLOPs of a training step without a GPU. train.py's own step (with fsdp_utils.py, memory.py and
+model.py) runs on fake tensors, as one rank of a fake process group, while a TorchDispatchMode counts every live
+storage. bench.py and ladder.py ask for it; training does not need this file.
 
     simulate(flags, config, shape, ranks)       all blocks: 20 to 40 s for 14B
     extrapolate(flags, config, shape, ranks)    the same figures from 4 and 6 blocks: 4 to 13 s
@@ -71,8 +71,8 @@ class Live(TorchDispatchMode):
     Counts the bytes of all live storages, real or fake, by tag, and the FLOPs of all that runs.
 
     A storage gets the tag that is set when it is first seen. Those in CPU memory (ON_HOST) do not count towards the
-    peak; bytes copied to or from them count as moved. What was alive at the peak is kept for each segment of the step;
-    self.segment is set from outside.
+    peak; bytes copied to or from them count as moved. The live bytes at the peak are recorded for each segment of the
+    step; self.segment is set from outside.
     """
     def __init__(self):
         super().__init__()

@@ -116,7 +116,7 @@ def export(folder):
 
 
 def on_ranks(pools, init, saved=""):
-    """What load() returns on each of the pools, a rank each."""
+    """The results of load() on the pools, one rank in each."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]

@@ -1,4 +1,4 @@
-"""FLOPs against what runs; the search for the longest video; what is printed and refused; gpu.sh on a CPU."""
+"""FLOPs compared with those that run; the search for the longest video; output and refusals; gpu.sh on a CPU."""
 import dataclasses
 import os
 import re

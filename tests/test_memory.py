@@ -300,8 +300,8 @@ slow = pytest.mark.slow
 
 def check_compiled(name, flags, dtype, backend, most=0.0, apart=0.0):
     """
-    Whatever is compiled is one graph; policy and reference are equal, with and without gradients (apart: the relative
-    difference of the two that is allowed); gradients differ by at most `most` from those without compilation.
+    Everything compiled is one graph. Policy and reference agree with and without gradients, to a relative difference of
+    `apart`; gradients differ by at most `most` from those without compilation.
     """
     compiler = torch.compile
     with patch("torch.compile", lambda f, **options: compiler(f, backend=backend, fullgraph=True, **options)):

@@ -168,7 +168,7 @@ def plain_error(model, latents, pair):
 
 
 def plain_errors(model, pairs):
-    """What an objective sees of these pairs, (B,) each: errors of both branches, sigma, outputs."""
+    """The inputs of an objective for these pairs, (B,) each: errors of both branches, sigma, outputs."""
     win = [plain_error(model, pair.win, pair) for pair in pairs]
     lose = [plain_error(model, pair.lose, pair) for pair in pairs]
     columns = []

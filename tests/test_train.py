@@ -320,7 +320,7 @@ def test_a_run_says_what_it_will_hold_and_leaves_signals_as_they_were(
 
 
 def margin_apart(monkeypatch, offset):
-    """From now on the reference's errors are off by this much, the winner's and the loser's in opposite directions."""
+    """From now on the reference's errors are wrong by this much, with opposite signs for winner and loser."""
     errors = train.reference_errors
     apart = offset * torch.tensor([[1.0], [-1.0]])
     monkeypatch.setattr(train, "reference_errors", lambda *arguments: errors(*arguments) + apart)

@@ -1,4 +1,4 @@
-"""What train.py needs for public models, on small models of every type: conditions, experts, loading in shards."""
+"""train.py on small models of every public type: conditions, experts, loading in shards."""
 
 import pytest
 import torch
@@ -252,7 +252,7 @@ def test_samples_of_another_variant_are_refused_before_training(world, worlds, t
 
 @pytest.mark.slow
 def test_no_rank_holds_more_than_its_share_of_a_checkpoint_while_loading(tmp_path):
-    """As benchmarks/load_memory.py, smaller: 114 MiB on 4 ranks; policy, reference and average."""
+    """benchmarks/load_memory.py on a smaller scale: 114 MiB on 4 ranks; policy, reference and average."""
     nbytes = load_memory.write_checkpoint(load_memory.config_of(0.1), tmp_path, 30 * 2**20)
     assert len(list(tmp_path.glob("*.safetensors"))) == 5
     for rank in load_memory.on_ranks(POOLS, str(tmp_path)):

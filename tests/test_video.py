@@ -33,7 +33,7 @@ def film_of(stamps, end, tick=Fraction(1, 1000)):
 
 
 def damage(path):
-    """What look_at and decode_all say of a broken file."""
+    """The errors of look_at and decode_all for a broken file."""
     with pytest.raises(DamagedVideo) as caught:
         decode_all(look_at(path))
     assert str(caught.value).startswith(f"{path}: ")

@@ -47,12 +47,12 @@ def same_weights(a, b):
 
 
 def path_for(folder, format):
-    """Where weights of this format go: a folder, or a single file."""
+    """The target for weights of this format: a folder, or a single file."""
     return folder / ("comfyui.safetensors" if format == "comfyui" else format)
 
 
 def convert(source, out, *flags):
-    """What `python weights.py SOURCE --out OUT` writes, as a state dict in float32."""
+    """The output of `python weights.py SOURCE --out OUT`, as a state dict in float32."""
     weights.main(weights.parse_args([str(source), "--out", str(out), *flags]))
     return load_wan(out).state_dict()
 
