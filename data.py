@@ -122,7 +122,7 @@ def empty_caption(dataset, width):
 
 
 def check_pair(win, lose, of_win, of_lose):
-    """win, lose: files; of_win, of_lose: their summaries. ValueError where they cannot be a pair."""
+    """win, lose: the files; of_win, of_lose: their summaries. ValueError where they cannot be a pair."""
     if of_win.shapes["latents"] != of_lose.shapes["latents"]:
         raise ValueError(f"{lose}: win is {of_win.shapes['latents']} but lose is {of_lose.shapes['latents']}; encode "
                          f"both at one size (the win is {win})")

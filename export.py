@@ -87,7 +87,7 @@ def find_base(source):
 
 def add_share(read, base, dtype, sums):
     """
-    Wrap read(name), so that sums adds up, tensor by tensor, how much of what training changed survives in dtype:
+    Wrap read(name) so that `sums` adds up, tensor by tensor, how much of the training survives in dtype:
 
         share = <rounded - base, trained - base> / |trained - base|^2 = sums["kept"] / sums["changed"]
 

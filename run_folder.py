@@ -235,9 +235,9 @@ def add_folder_flags(parser, save_every):
 
 class Signals:
     """
-    Signals and the clock. SIGTERM and SIGINT are noted, not obeyed: asks() goes into the sums that a step adds up over
-    all ranks anyway, so that every rank saves and stops after the same step, whichever of them got the signal. A second
-    signal, more than five seconds later (torchrun passes the first on), is obeyed.
+    Signals and the clock. SIGTERM and SIGINT are noted, not obeyed at once: asks() joins the sums that a step takes
+    over all ranks anyway, so that every rank saves and stops after the same step, whichever rank got the signal. A
+    second signal, more than five seconds later (torchrun passes the first on), is obeyed.
     """
 
     def __init__(self, save_minutes):
@@ -433,7 +433,7 @@ def check_same_run(folder, settings):
 
 def load_checkpoint(folder, states):
     """
-    Fill states, as save_checkpoint has them, from a checkpoint, written on any number of ranks. Returns the step it was
+    Load a checkpoint, written on any number of ranks, into states (see save_checkpoint). Returns the step it was
     written after, and how many steps in a row were skipped before it; 0, 0 where folder is "".
     ValueError if the checkpoint is damaged, and if ranks do not see the same one.
     """

@@ -60,7 +60,7 @@ def add_up(sums, metrics, sigma, counts):
 def summarise(sums, margins, ranks):
     """
     Means over all pairs of the step, from the sums of every rank in one all-reduce. Returns the row, and the sums over
-    all ranks, in which a pair that several ranks share counts once for each of them.
+    all ranks, where a pair counts once for each rank that shares it.
 
     Curves by sigma become lists under "by_sigma" (null where a bin had no pair). margins: a list, this rank's; the
     smallest and the largest of all ranks go into the row, since a mean hides the one pair that runs away.

@@ -197,7 +197,7 @@ def plan_steps(sampler):
 def call_model(model, x, timestep, context, first_latent=None, **conditions):
     """
     The model's answer for x (B, C, F, H, W) at timestep (B,) with context (B, T, D) and conditions (B, ...). Frame 0 is
-    first_latent (B, C, 1, H, W) where that is given, clean and at timestep 0; its velocity means nothing.
+    first_latent (B, C, 1, H, W) where it is given, clean and at timestep 0; its velocity is meaningless.
     """
     if first_latent is not None:
         x, timestep = hold_first_frame(x, timestep, first_latent, model.config.patch_size)

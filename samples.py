@@ -217,7 +217,7 @@ def sample_files(folder):
 def read_summaries(files, bad=None):
     """
     {path: Summary}, from headers alone. All files must have the same number of channels and the same context width.
-    bad: a dictionary that receives unreadable files, {path: reason}; without it they raise ValueError.
+    bad: a dictionary that collects unreadable files, {path: reason}; without it they raise ValueError.
     """
     summaries = {}
     shared = {}    # of two million files most look alike: equal summaries are one object
@@ -241,7 +241,7 @@ def read_summaries(files, bad=None):
 
 
 def read_again(path, before):
-    """read_sample, checked against its summary from `before`: files can change during a run of days."""
+    """read_sample, checked against its summary from `before`, since files can change during a run of days."""
     sample = read_sample(path)
     now = summarise_sample(sample)
     if now != before:

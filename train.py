@@ -305,7 +305,8 @@ def coefficients(args, pair):
     c_win, c_lose (B,) and metrics {name: (B,)} of the objective.
 
     Every offline objective has the gradient c_win * d err_win - c_lose * d err_lose, and autograd gives the two numbers
-    from the errors alone. So the branches can be back-propagated together, one by one, or on two ranks, all the same.
+    from the errors alone. So the branches can be back-propagated together, one by one, or on two ranks, with the same
+    result.
     """
     objective = OBJECTIVES[args.loss]
     err_win, err_lose = pair.err_win.detach().requires_grad_(), pair.err_lose.detach().requires_grad_()
@@ -329,8 +330,8 @@ def both_errors(model, batch):
 @torch.no_grad()
 def reference_errors(args, ref, batch, ranks):
     """
-    Errors (2, B) of the frozen reference, in the same forwards that backward_batch takes the policy through, so that
-    the errors are equal where the weights are. ref: the model, its errors, or None for losses without one (zeros).
+    Errors (2, B) of the frozen reference, from the same forwards as the policy's in backward_batch, so that equal
+    weights give equal errors. ref: the model, its errors, or None for losses without one (zeros).
     """
     if torch.is_tensor(ref):
         return ref
@@ -407,7 +408,7 @@ def backward_pair(args, policy, ref_errors, batch, scale, ranks):
 def learning_rate(args, step, own_step):
     """
     The learning rate of a step: it rises over --warmup_steps and falls to 0 over the last --decay_steps. own_step: the
-    number of the step among those of its expert, each of which warms up by itself; of one model the step.
+    number of the step among those of its expert, since each expert warms up by itself; for a single model, the step.
     """
     warm = min(1.0, (own_step + 1) / max(1, args.warmup_steps))
     decay = (args.steps - step) / args.decay_steps if args.decay_steps else 1.0
@@ -416,7 +417,7 @@ def learning_rate(args, step, own_step):
 
 @run_folder.closes_at_end
 def main(args, dataset=None):
-    """dataset: an object as data.py describes it, in place of --data."""
+    """dataset: an object that data.py describes, used instead of --data."""
     # ---------------- ranks
     ranks = start_ranks(args.backward == "pair", args.cp_size, args.replicate)
     check_args(args, ranks)

@@ -426,7 +426,7 @@ class Encoders:
     @exact
     def encode_text(self, prompt):
         """
-        The context (T, D) of a prompt, T <= 512 rows with that of the end mark.
+        The context (T, D) of a prompt: T <= 512 rows, the end mark's among them.
 
         The rows are those of a prompt padded to 512 tokens, encoded with the attention mask, cut at the true length.
         """

@@ -411,7 +411,7 @@ def find_model(path, name="auto"):
 
 def check_timesteps(preset, expert, min_timestep, max_timestep, path):
     """
-    ValueError unless the expert at path is trained at the timesteps (after the shift) at which it samples: "high" from
+    ValueError unless the expert at path trains at the timesteps (after the shift) at which it samples: "high" from
     the boundary up, "low" below it, "" on either side, but not both. Models without experts are trained anywhere.
     """
     if preset not in BOUNDARIES:

@@ -54,8 +54,8 @@ def measure(variants, counted, repeats):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument("--captions", type=int, default=8, help="clips that are sampled together")
-    parser.add_argument("--repeats", type=int, default=3, help="rounds, of which the fastest counts")
+    parser.add_argument("--captions", type=int, default=8, help="number of clips sampled together")
+    parser.add_argument("--repeats", type=int, default=3, help="number of rounds, of which the fastest counts")
     flags = parser.parse_args()
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)

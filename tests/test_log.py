@@ -280,7 +280,7 @@ def test_a_skipped_step_names_the_samples_whose_loss_is_not_finite_or_all_of_the
 
 
 class Damaged:
-    """Ten items, of which some cannot be read and are replaced by the next; counts what is read."""
+    """Ten items, some unreadable and replaced by the next; it counts the reads."""
     def __init__(self, bad):
         self.unreadable, self.bad, self.reported, self.reads = bad, {}, set(), 0
 

@@ -333,7 +333,7 @@ def test_gradients_of_adapters_are_those_worked_out_from_the_full_gradient(world
 
 
 class Products(TorchDispatchMode):
-    """Notes the shapes of matrix products, and adds up their FLOPs."""
+    """Records the shapes of matrix products, and adds up their FLOPs."""
     def __init__(self):
         super().__init__()
         self.shapes, self.flops = set(), 0

@@ -39,7 +39,7 @@ SAFEGUARD = column(1.0, 0.3, 0.0, 0.7, 0.5, 0.1)
 
 
 def errors(requires_grad=False):
-    """The six pairs as four tensors (6,); the two policy errors are leaves if asked."""
+    """The six pairs as four tensors (6,); on request the two policy errors are leaves."""
     err_win, err_lose, ref_err_win, ref_err_lose = PAIRS.unbind(1)
     err_win = err_win.clone().requires_grad_(requires_grad)
     err_lose = err_lose.clone().requires_grad_(requires_grad)
@@ -47,7 +47,10 @@ def errors(requires_grad=False):
 
 
 def run_loss(name, four, rows=slice(None), beta=BETA):
-    """One offline objective on (some rows of) the pairs. Weights have a graph: no gradient may pass through them."""
+    """
+    One offline objective on the pairs, or on some rows of them. The weights have a graph, and no gradient may pass
+    through it.
+    """
     err_win, err_lose, ref_err_win, ref_err_lose = four
     weight_win = WEIGHT_WIN[rows] + err_win - err_win.detach()
     weight_lose = WEIGHT_LOSE[rows] + err_lose - err_lose.detach()

@@ -17,7 +17,7 @@ def sample(path, prompt="a", shape=(2, 3, 4, 4), value=0.0, more=None, **conditi
 
 
 def scores(folder, rows):
-    """A file of scores of these rows, (name, score) or anything that becomes JSON."""
+    """A file of scores with these rows, each (name, score) or any value that JSON can hold."""
     lines = [json.dumps(row if isinstance(row, (dict, list)) else dict(zip(("sample", "score"), row))) for row in rows]
     (folder / "scores.jsonl").write_text("\n".join(lines) + "\n")
     return folder / "scores.jsonl"

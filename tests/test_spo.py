@@ -169,7 +169,7 @@ class Gaussian(torch.nn.Module):
 
 @pytest.fixture
 def spo_args(tmp_path):
-    """A function of flags, in one string: checked arguments of train_spo.py."""
+    """A function that takes flags in one string and returns checked arguments of train_spo.py."""
     def make(flags=""):
         args = train_spo.parse_args(["--updates", "1", "--out", str(tmp_path / "out"), *flags.split()])
         train_spo.check_args(args, SimpleNamespace(data_ranks=1))

@@ -149,7 +149,7 @@ def finished_records(path, seconds=60):
 
 
 def read_wandb(out):
-    """Of each process of the run: (id, rows with their numbers, {step: picture}, flags)."""
+    """For each process of the run: (id, rows with their numbers, {step: picture}, flags)."""
     for folder in sorted((out / "wandb").glob("offline-run-*"), key=lambda folder: folder.stat().st_mtime):
         [file] = folder.glob("*.wandb")
         rows, pictures, flags, run_id = [], {}, {}, None

@@ -746,7 +746,7 @@ def test_save_wan_refuses_an_unknown_format_and_weights_that_do_not_fit(tiny, tm
 # which model, and which expert
 
 def find_and_check(path, model="auto", min_timestep=600.0, max_timestep=1000.0):
-    """As train.py does it, at its default timesteps."""
+    """The check as train.py makes it, at its default timesteps."""
     config, preset, expert = find_model(path, model)
     check_timesteps(preset, expert, min_timestep, max_timestep, path)
     return config, preset, expert
