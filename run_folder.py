@@ -159,7 +159,7 @@ def begin_log(args, start, **facts):
     """
     Write config.json, and log.jsonl without the rows from step `start` on, which will be repeated. Called by rank 0.
     Returns the rows that stay. A damaged line, such as the half row of a killed run or the zeros of a power cut, is
-    dropped and named.
+    dropped and reported.
     """
     flags = {name: value for name, value in vars(args).items() if name != "defaults"}
     config = flags | facts | {"torch": torch.__version__}

@@ -87,7 +87,9 @@ def stored_weights(folder, which="auto"):
 
 
 def step_folder_of(folder):
-    """The step folder that a path is, or lies in: a folder such as high_noise_model holds one of two experts."""
+    """
+    The step folder of a path, which may also be a folder in it that holds one of two experts, such as high_noise_model.
+    """
     folder = Path(folder).absolute()
     is_expert = not (folder / "meta.json").exists() and (folder.parent / "meta.json").exists()
     return folder.parent if is_expert else folder
