@@ -253,8 +253,8 @@ def read_again(path, before):
 def check_samples(summaries, config, together=1):
     """
     Check samples against the model they are for (config: a WanConfig), by headers alone. ValueError names the file,
-    what is in it and what the model takes. summaries {path: Summary}; of pairs those of the wins, whose conditions
-    serve both. together: this many samples are stacked in one forward, and must be alike.
+    what is in it and what the model takes. summaries {path: Summary}; for pairs, those of the wins, whose conditions
+    serve both videos. together: this many samples are stacked in one forward, and must be alike.
     """
     another = "encode it for this model (encode.py --model), or choose the model that it was encoded for (--init)"
     kind = f"this {config.model_type} model"

@@ -102,7 +102,7 @@ class Tracker:
             self.backend = self.attempt(TRACKERS[name], out, start, config)
 
     def attempt(self, action, *arguments):
-        """action(*arguments), or None where it raises."""
+        """Return action(*arguments), or None where it raises."""
         try:
             result = action(*arguments)
         except Exception as error:                         # whatever it is: no tracker is worth a run

@@ -71,7 +71,7 @@ def test_the_flag_of_a_new_objective_is_its_own_and_decides_a_run(world, base, t
 # a dataset
 
 class Drawn:
-    """Ten pairs that are drawn when they are asked for, from two kinds of losers."""
+    """Ten pairs, drawn on request, with two kinds of losers."""
     sources = ("blurred", "shaken")
 
     def __init__(self, version):
