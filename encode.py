@@ -347,7 +347,8 @@ def codecs_of(shapes, file, weights):
 
 def decode_samples(codecs, files, out, fps, sheet, progress=True):
     """
-    Write the video of each sample file to out/STEM.mp4, and a contact sheet of the first 16 of one size to file sheet.
+    Write the video of each sample file to out/STEM.mp4, and a contact sheet of the first 16 of one size to the file
+    `sheet`.
 
     fps: frames a second where a sample does not say. Returns the number of videos in the sheet.
     """

@@ -297,7 +297,7 @@ NOT_CONDITIONS = ("win", "lose", "context", "name", "source", "metadata")
 
 def hold_back(dataset, count):
     """
-    Take `count` wins with all their losers out of a PairSet; which ones depends on the names of the files alone. Pairs
+    Take `count` wins with all their losers out of a PairSet; the choice depends on the file names alone. Pairs
     that share a file with these are not trained on either. Returns the PairSet to train on and the one held back.
     ValueError where nothing is left.
     """

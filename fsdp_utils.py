@@ -300,7 +300,7 @@ def store_frozen(model, dtype):
 
 
 def my_rows(param):
-    """Return the first row of a sharded parameter that this rank holds, and the one after the last."""
+    """Return the first row of a sharded parameter on this rank, and the row after the last."""
     rows, ranks, rank = param.shape[0], param.device_mesh.shape[-1], param.device_mesh.get_coordinate()[-1]
     rows_each = -(-rows // ranks)                          # as torch.chunk cuts
     return min(rank * rows_each, rows), min((rank + 1) * rows_each, rows)

@@ -88,7 +88,9 @@ def find_layers(model, targets):
 
 
 def add_adapters(model, layers, rank, alpha=0.0, keep_initial=False):
-    """Give the layers of these names adapters of this rank and alpha (0: the rank), in place, and freeze all else."""
+    """
+    Give the layers of these names adapters of this rank and alpha (0: the rank), in place, and freeze everything else.
+    """
     model.requires_grad_(False)
     model.lora_rank = rank                                 # selective checkpointing knows the products by it
     for name in layers:

@@ -203,7 +203,7 @@ class SelfAttention(nn.Module):
 
 
 class CrossAttention(nn.Module):
-    """Attention of video tokens to the text and, in models with an image branch, one to the image with the same q."""
+    """Attention of video tokens to the text and, in models with an image branch, to the image, with the same q."""
     def __init__(self, config):
         super().__init__()
         dim, self.num_heads, self.text_len = config.dim, config.num_heads, config.text_len

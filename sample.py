@@ -285,7 +285,7 @@ def negative_settings(model_name, sampler, seed=0, negative_prompt="", lora="", 
 
 def missing_negatives(folder, settings, name="negatives", per_sample=1, rank=0, world=1):
     """
-    List this rank's share of the negatives to make, as (file of the real sample, file of the negative, noise seed).
+    List this rank's share of the negatives to make, each as (real sample's file, negative's file, noise seed).
 
     The files are folder/NAME/STEM.safetensors, and NAME_1, NAME_2 ... for more per sample. Noise depends on (seed,
     stem, number) only, so any number of ranks makes the same files. ValueError for a file that was made with other

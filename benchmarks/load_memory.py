@@ -87,7 +87,7 @@ def write_checkpoint(config, folder, shard_bytes):
 
 def load(rank, world_size, port, init, saved=""):
     """
-    Load the three models that training holds, on one rank; init "scratch": draw one of 1 GiB.
+    Load the three models that training holds, on one rank; with init "scratch", draw a model of 1 GiB.
     Returns {part: (anonymous, resident, held)} in bytes. saved: a folder to save a checkpoint of the models in.
     """
     torch.set_num_threads(1)

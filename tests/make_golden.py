@@ -74,7 +74,7 @@ def velocity_and_gradients(forward, inputs, grad):
 
 
 def diffusers_twin(model):
-    """A function of our inputs that runs diffusers' model with the weights of ours."""
+    """A function of our inputs that runs diffusers' model with our weights."""
     from diffusers import WanTransformer3DModel
     config = model.config
     settings = public_config(config, "diffusers")

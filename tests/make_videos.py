@@ -118,7 +118,7 @@ def psnr(a, b):
 
 
 def folder_of(tmp_path, **videos):
-    """videos/ with one mp4 at 8 fps for every keyword, and metadata.jsonl."""
+    """A folder videos/ with one mp4 at 8 fps for every keyword, and metadata.jsonl."""
     folder = tmp_path / "videos"
     folder.mkdir()
     for name, video in videos.items():

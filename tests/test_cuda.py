@@ -1,5 +1,5 @@
 """
-What only a GPU can show. Its own command, as conftest.py hides GPUs from the other tests:
+What only a GPU can show. This file runs by a command of its own, since conftest.py hides GPUs from the other tests:
 
     python -m pytest --noconftest tests/test_cuda.py
 """

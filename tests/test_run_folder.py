@@ -62,7 +62,7 @@ def everything(folder):
 
 
 def go_back(out, to, step):
-    """A copy of a run's folder as it was when it had just saved this step."""
+    """A copy of a run's folder as it was just after it saved this step."""
     shutil.copytree(out, to)
     for folder in to.glob("step_*"):
         if folder.name > f"step_{step:06d}":

@@ -10,7 +10,7 @@ from tables import read_metadata, stem_of
 
 @pytest.fixture
 def folder(tmp_path):
-    """videos/ with a.mp4 and b.mp4, of two frames each, and no table."""
+    """A folder videos/ with a.mp4 and b.mp4, of two frames each, and no table."""
     folder = folder_of(tmp_path, a=moving_square(2), b=moving_square(2))
     (folder / "metadata.jsonl").unlink()
     return folder
