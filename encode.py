@@ -396,9 +396,9 @@ def parse_args(argv=None):
     add("--out", required=True, default=argparse.SUPPRESS,
         help="folder to write to; existing samples are kept if their settings fit")
     add("--skip_damaged", action="store_true",
-        help="leave damaged videos out, count and list them; without it, one is an error")
+        help="leave out and list damaged videos; without this flag, one is an error")
     add("--prune", action="store_true",
-        help="delete samples in --out that no row asks for; without it, they are only named")
+        help="delete samples in --out that no row asks for; without this flag, they are only named")
     # what turns video and prompts into latents and context
     add("--encoder", type=str, default="pixel", choices=["pixel", "wan"], help="the embedded world's codec, or Wan's")
     add("--weights", type=str, default="", help="wan: an original Wan folder or a diffusers folder, with all encoders")

@@ -207,7 +207,7 @@ class HeldOut:
         return path
 
     def close(self, folder, now):
-        """Rank 0 writes marks.json, the last picture and a page of it, and prints the table. Returns the picture."""
+        """Rank 0 writes marks.json, the last picture and its HTML page, and prints the table. Returns the picture."""
         path = self.picture(folder / "after", now)
         if dist.get_rank() == 0:
             write_whole(folder / "marks.json", json.dumps(self.marks, indent=1).encode())
@@ -397,8 +397,8 @@ def mark_scores(args, config, ranks, errors, model):
 def statistics(x):
     """
     Simple numbers of videos x (B, C, F, H, W), of each channel and of all together: {name: (B,)}. Grain and flicker are
-    mean squares of the differences of neighbours in space and in time; "in flat parts" is what a fifth of the
-    differences stay below, since a busy picture hides grain in the mean.
+    mean squares of the differences of neighbours in space and in time; "in flat parts" is their 20th percentile, since
+    a busy picture hides grain in the mean.
     """
     by_channel = {"mean": x.mean(dim=(2, 3, 4)), "std": x.flatten(2).std(dim=2)}               # (B, C) each
     for name, axis in (("grain", 4), ("flicker", 2)):

@@ -148,7 +148,7 @@ class Average:
         return self.copies.values()
 
     def to(self, device):
-        """Move the copies to another device; the model moves by itself."""
+        """Move the copies to another device; the model is moved separately."""
         self.copies = {name: copy.to(device) for name, copy in self.copies.items()}
 
     @torch.no_grad()

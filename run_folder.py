@@ -3,7 +3,7 @@ Everything under --out, kept so that nothing is lost: config, checkpoints, stopp
 
     out/config.json   out/log.jsonl, a row a step   out/step_000500/   out/latest, the step folder to resume from
 
-A file or folder gets its name when it is whole; the names of unfinished ones start with a dot.
+A file or folder gets its final name when it is whole; the names of unfinished ones start with a dot.
 """
 import fcntl
 import functools
@@ -354,11 +354,11 @@ def save_checkpoint(out, step, states, meta, keep):
     Write out/step_000500 (every rank its shards) and then name it in out/latest. All ranks call it. Returns the folder.
     states: {"": (policy, optimizer, ema)}, or one such triple for each of several folders in the step folder.
 
-    A folder gets its name when it is whole, and `latest` changes by an atomic replace after that: a run killed at any
-    moment leaves a checkpoint to resume from. meta: what must be equal on resume, as JSON. keep: this many checkpoints
-    stay, this one included; older ones are deleted after it is whole. Later ones, which a run resumed from an earlier
-    step leaves behind, stay until the run passes them. ValueError if it cannot be written, on a full disk for example:
-    unfinished files are deleted, and `latest` stays as it was.
+    A folder gets its final name when it is whole, and `latest` changes by an atomic replace after that: a run killed at
+    any moment leaves a checkpoint to resume from. meta: what must be equal on resume, as JSON. keep: this many
+    checkpoints stay, this one included; older ones are deleted after it is whole. Later ones, which a run resumed from
+    an earlier step leaves behind, stay until the run passes them. ValueError if it cannot be written, on a full disk
+    for example: unfinished files are deleted, and `latest` stays as it was.
     """
     out, is_first_rank = Path(out), dist.get_rank() == 0
     name = f"step_{step:06d}"

@@ -2,8 +2,8 @@
 Helpers that several test files share: folders of tiny models and pairs, runs on many ranks, the flow error as papers
 write it.
 
-Fixtures come by their name; everything else is imported: `from conftest import run`. The trainers are imported inside
-functions, so that a test of one file needs that file only.
+Tests ask for fixtures by name; everything else is imported: `from conftest import run`. The trainers are imported
+inside functions, so that a test of one file needs that file only.
 """
 import dataclasses
 import json
