@@ -167,7 +167,7 @@ def of_a_layer(build, size, mode, with_backward=False):
 
 def print_counts():
     print("Bytes that a layer keeps for backward per token and channel: bf16, one video of 81 frames at\n"
-          "480 x 832 (32,760 tokens). Below ours, the FLOPs of a layer's forward and backward over those\nof off.\n")
+          "480 x 832 (32,760 tokens). The rows of FLOPs give a layer's forward and backward relative to off.\n")
     print("| | " + " | ".join(MODES) + " |\n| --- |" + " --- |" * len(MODES))
     for size in ("1.3b", "14b"):
         counts = {mode: of_a_layer(ours, size, mode, with_backward=True) for mode in MODES}

@@ -188,14 +188,16 @@ def test_all_positions_of_a_step_draw_on_the_side_of_its_expert(both):
 
 @pytest.fixture(scope="module")
 def lora_run(both, tmp_path_factory):
-    """The folder of a run of adapters on both experts, and its log."""
+    """The folder and the log of a run that trains adapters on both experts."""
     out = tmp_path_factory.mktemp("lora") / "out"
     return out, train_two(both, out, *LORA)
 
 
 @pytest.fixture(scope="module")
 def full_run(both, tmp_path_factory):
-    """The folder of a run of all weights of both experts, which change their storage at every switch, and its log."""
+    """
+    The folder and the log of a run that trains all weights of both experts, which change their storage at every switch.
+    """
     out = tmp_path_factory.mktemp("full") / "out"
     return out, train_two(both, out, *FULL, moves=True)
 

@@ -393,7 +393,7 @@ def without_times(rows):
 
 @pytest.fixture(scope="module")
 def fresh_run(world, tmp_path_factory):
-    """The folder of a run from fresh adapters, its log and its export."""
+    """The folder, the log and the export of a run from fresh adapters."""
     out = tmp_path_factory.mktemp("fresh") / "out"
     return out, *train_lora(world, out)
 
