@@ -276,7 +276,7 @@ def two_by_two(run_blocks):
 class SaveInputs(torch.autograd.Function):
     """
     Save the inputs of Chunks before the chunks run, and return them and a tensor whose grad_fn holds them. A checkpoint
-    stops recomputing when it has all that was saved: were the inputs saved after the chunks, it would run these for
+    stops recomputing when it has all that was saved: if the inputs were saved after the chunks, it would run these for
     nothing.
     """
     @staticmethod
@@ -508,7 +508,7 @@ class Offload:
             kept.copied = self.copy(kept.x, kept.host)
 
     def unpack(self, kept, dtype, *layout):
-        """Return the tensor that pack was given, and begin to fetch what the block before this one kept."""
+        """Return the tensor that pack was given, and begin to fetch the tensors that the block before this one kept."""
         self.fetch(kept)
         self.wait(kept.copied)
         x, kept.uses = kept.x, kept.uses - 1

@@ -57,7 +57,7 @@ PREFERENCE = "--loss preference --learning_rate 1e-3 --max_grad_norm 1e9 --ema_d
 
 @pytest.fixture(scope="session")
 def preference(world, tmp_path_factory):
-    """Log rows, exported weights, and the file of the base's weights of a run of six steps."""
+    """Log rows, exported weights and the base's weight file of a run of six steps."""
     return run(world, tmp_path_factory.mktemp("preference") / "out", *PREFERENCE)
 
 
