@@ -222,7 +222,9 @@ PRODUCT_OPS = [torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.op
 
 
 def recomputed(f, policy=None):
-    """Return f under a checkpoint: backward recomputes what the policy does not keep; without one, everything."""
+    """
+    Return f under a checkpoint: backward recomputes what the policy does not keep or, without a policy, everything.
+    """
     options = {} if policy is None else {"context_fn": partial(create_selective_checkpoint_contexts, policy)}
     return partial(checkpoint, f, use_reentrant=False, preserve_rng_state=False, **options)        # Wan has no dropout
 

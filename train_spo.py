@@ -73,7 +73,7 @@ def parse_args(argv):
     p.add_argument("--guidance", type=float, default=1.0, help="guidance of roll-outs and of training; 1: none")
     p.add_argument("--unbranched", type=float, default=0.2, help="share of the steps, the noisiest, without a pool")
     p.add_argument("--pool", type=int, default=4, help="candidates drawn from one parent")
-    p.add_argument("--threshold", type=float, nargs="+", default=[0.1], metavar="X", help="pairs have tanh((best score "
+    p.add_argument("--threshold", type=float, nargs="+", default=[0.1], metavar="X", help="a pair needs tanh((best "
                    "- worst score) / 2) above this (SPO: 0.3 and 0.4); two numbers: at sigma 0 and 1, linear between")
     # the objective
     p.add_argument("--beta", type=float, default=500.0, help="multiplies a mean log-ratio (SPO 10, LPO 500)")
