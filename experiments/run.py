@@ -26,6 +26,7 @@ LOGS, OUT = ROOT / "experiments" / "logs", ROOT / "out" / "experiments"
 DECIDE = ("data.py", "evaluate.py", "experts.py", "fsdp_utils.py", "lora.py", "losses.py", "memory.py", "model.py",
           "run_folder.py", "run_log.py", "sample.py", "samples.py", "toy.py", "train.py", "train_spo.py",
           "experiments/judge.py", "experiments/variants.py")
+DECIDE_OF = {"i2v": ("experiments/i2v.py",)}       # and these, of runs of an experiment with files of its own
 KEPT = ("step", "loss", "loss_dpo", "margin", "accuracy", "win_gap", "lose_gap", "dgr", "c_win", "c_lose",
         "err_win", "ref_err_win", "kept", "grad_norm", "saturated",
         "score", "score_end", "gap", "pairs", "policy_forwards", "score_forwards")
@@ -143,9 +144,14 @@ SPO = {"judge": JUDGE,
        "regdpo_equal": mild("--loss", "regdpo", *EQUAL),
        "dpo_equal": mild("--loss", "dpo", *EQUAL)}
 
+# Image-to-video: the main table's flags, on a base that is given the first frame.
+OF_IMAGES = ["--init", "experiments/i2v_base", "--data", "data/i2v", "--probe_every", "0"]
+I2V = {name: [*over_all(*OBJECTIVES[name]), *OF_IMAGES]
+       for name in ("sft", "dpo", "regdpo", "regdpo_r_scale_0.2", "diffusion_sdpo")}
+
 EXPERIMENTS = {"main": MAIN, "long": LONG, "losses": LOSSES, "beta300": BETA_300, "beta1000": BETA_1000,
                "r": R, "r1000": R_1000, "beta": BETA, "identity": IDENTITY, "pairs": PAIRS, "former_base": FORMER_BASE,
-               "better_base": BETTER_BASE, "spo": SPO}
+               "better_base": BETTER_BASE, "spo": SPO, "i2v": I2V}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -186,6 +192,9 @@ def prepare(flags):
     if "data/siblings/pairs.jsonl" in flags:
         making = [sys.executable, "experiments/siblings.py", "make", "data/siblings", "1024"]
         subprocess.run(making, cwd=ROOT, check=True)
+    if "data/i2v" in flags:
+        for what in (["base"], ["pairs", "data/i2v"]):
+            subprocess.run([sys.executable, "experiments/i2v.py", *what], cwd=ROOT, check=True)
     for flag in flags:
         if flag.startswith("data/pairs_"):
             make_pairs(flag)
@@ -198,10 +207,10 @@ def value_of(flags, name, default):
     return flags[flags.index(name) + 1] if name in flags else default
 
 
-def code_digest():
-    """Names the code that decides a run's numbers: docstrings and comments do not count."""
+def code_digest(experiment):
+    """Names the code that decides the numbers of an experiment's runs: docstrings and comments do not count."""
     texts = []
-    for name in DECIDE:
+    for name in (*DECIDE, *DECIDE_OF.get(experiment, ())):
         tree = ast.parse((ROOT / name).read_text())
         for node in ast.walk(tree):
             if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node):
@@ -210,8 +219,14 @@ def code_digest():
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
 
 
-def judge(out):
-    """What judge.py says of the average after every 300 steps of a run, and of its raw weights where it is long."""
+def judge_command(experiment):
+    """The command that marks a model as the runs of an experiment are marked."""
+    script = ["experiments/i2v.py", "judge"] if experiment == "i2v" else ["experiments/judge.py"]
+    return [sys.executable, *script]
+
+
+def judge(experiment, out):
+    """What the judge says of the average after every 300 steps of a run, and of its raw weights where it is long."""
     judged = {}
     folders = sorted(out.glob("step_*"))
     for folder in folders:
@@ -221,7 +236,7 @@ def judge(out):
             file = out / f"judged_{step}_{which}.json"
             guidances = ("1", "2") if is_last and which == "ema" else ("1",)
             if not file.exists():
-                command = [sys.executable, "experiments/judge.py", folder, "--which", which, "--out", file]
+                command = [*judge_command(experiment), folder, "--which", which, "--out", file]
                 subprocess.run([*command, "--guidances", *guidances], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
             judged[f"{step} {which}"] = json.loads(file.read_text())
     return judged
@@ -258,7 +273,7 @@ def keep(out, target, flags):
     head = {"flags": flags, "torch": config["torch"], "code": (out / "code").read_text(), "init": init_digest(out),
             "marks": marks, "by_sigma": by_sigma(rows[-50:]), "probe": rows[-1].get("probe")}
     if "--keep" in flags:
-        head["judged"] = judge(out)
+        head["judged"] = judge(target.parent.name, out)
         at_the_end = head["judged"][f"{rows[-1]['step'] + 1} ema"]["1"]       # of the average, without guidance
         marks["after"] = {"frechet": at_the_end["frechet"]}
         for name in ("drift", "background", "broken"):
@@ -288,7 +303,7 @@ def train(out, flags, seed):
         else:
             out.mkdir(parents=True, exist_ok=True)
             (out / "log.jsonl").unlink(missing_ok=True)                        # killed before its first checkpoint
-            (out / "code").write_text(code_digest())
+            (out / "code").write_text(code_digest(out.parent.name))
     resume = ["--resume", "latest"] if (out / "latest").exists() else []
     if "cached" in flags:
         share_errors(OUT / "ref_errors", out)                                  # train.py refuses what does not fit
@@ -316,12 +331,15 @@ def run(experiment, setting, seed, more_flags):
     return f"{experiment} {setting} seed {seed}: " + ", ".join(after)
 
 
-def judge_base():
+def judge_base(experiment):
     """Mark the base once, as every run is marked."""
-    file = LOGS / "base.json"
+    file, base = LOGS / "base.json", ["toy_base"]
+    if experiment == "i2v":
+        file, base = LOGS / "i2v" / "base.json", ["experiments/i2v_base", "--real"]
+        prepare(OF_IMAGES)
     if not file.exists():
         file.parent.mkdir(parents=True, exist_ok=True)
-        subprocess.run([sys.executable, "experiments/judge.py", "toy_base", "--out", file], cwd=ROOT, check=True)
+        subprocess.run([*judge_command(experiment), *base, "--out", file], cwd=ROOT, check=True)
 
 
 def main():
@@ -338,7 +356,7 @@ def main():
     if unknown:
         names = ", ".join(EXPERIMENTS[args.experiment])
         sys.exit(f"--settings {' '.join(unknown)}: {args.experiment} has {names}")
-    judge_base()
+    judge_base(args.experiment)
     with ThreadPoolExecutor(args.processes) as pool:
         jobs = [pool.submit(run, args.experiment, setting, seed, args.flags.split())
                 for seed in args.seeds for setting in settings]

@@ -4,9 +4,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent / "experiments"))
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "experiments"))
+import i2v
 import paired
+import toy
+from model import WanModel
+from weights import load_wan
 
 
 def test_an_interval_covers_the_true_difference_about_as_often_as_it_says(monkeypatch):
@@ -52,3 +58,73 @@ def test_a_table_of_two_codes_or_two_bases_is_refused():
     for change in ({"code": "b", "init": "x"}, {"code": "a", "init": "y"}):
         with pytest.raises(SystemExit, match="table 'main': expected runs of one (code|init), found 2"):
             report.check_one_code("main", same | {"ipo": [change]})
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# image-to-video
+
+def real_clips(count):
+    captions, videos = toy.make_clips(count, seed=5)
+    return captions, toy.decode_pixels(toy.encode_pixels(videos))
+
+
+def test_marks_of_image_to_video_are_perfect_on_the_real_clips():
+    captions, real = real_clips(12)
+    marks = i2v.marks_of(real, real, captions)
+    for name in ("drift", "first_frame", "broken"):
+        assert marks[name].tolist() == [0.0] * 12, name
+    for name in ("direction", "colour", "shape"):
+        assert marks[name].tolist() == [1.0] * 12, name
+    assert marks["background"].max() < 3 and marks["size"].max() < 0.1
+
+
+def test_a_clip_that_flies_well_from_another_place_than_the_given_frame_is_marked_down():
+    captions, real = real_clips(12)
+    other = torch.stack([toy.make_clip(caption, seed=77 + i) for i, caption in enumerate(captions)])
+    other = toy.decode_pixels(toy.encode_pixels(other))
+    marks = i2v.marks_of(other, real, captions)
+    of_start = (toy._moments(other)[2][:, 0] - toy._moments(real)[2][:, 0]).norm(dim=1)
+    far = of_start > 4
+    assert far.sum() > 3
+    assert (marks["drift"][far] > 2).all() and (marks["broken"][far] == 1).all()
+    assert (marks["first_frame"][far] > 10).all()
+    assert toy.metrics(other, captions)["drift"].max() < 0.3                  # text-to-video's mark sees nothing wrong
+
+
+def test_a_clip_that_keeps_the_given_frame_and_flies_the_wrong_way_is_marked_down():
+    captions, real = real_clips(12)
+    marks = i2v.marks_of(real[:, :, :1].expand_as(real), real, captions)      # a still: it never moves
+    assert marks["first_frame"].max() == 0 and marks["drift"].min() > 1
+
+    caption = "large red circle moving fast right"
+    true_path = toy.trajectory(torch.tensor([10.0, 16.0]), caption)
+    wrong_path = toy.trajectory(torch.tensor([10.0, 16.0]), "large red circle moving fast down")
+    right, wrong = (toy.decode_pixels(toy.encode_pixels(toy.render(caption, path)))[None]
+                    for path in (true_path, wrong_path))
+    marks = i2v.marks_of(wrong, right, [caption])
+    distance = (wrong_path - true_path).norm(dim=1).clamp(max=8).mean().item()
+    assert marks["drift"].item() == pytest.approx(distance, abs=0.1)
+    assert marks["direction"].item() == 0 and marks["broken"].item() == 1 and marks["first_frame"].item() == 0
+
+
+def test_the_condition_is_wans_a_mask_of_the_given_frame_and_its_latents_before_grey():
+    _, videos = toy.make_clips(2, seed=5)
+    y = i2v.condition(videos)
+    assert y.shape == (2, 13, 8, 8, 8)
+    assert (y[:, 0, 0] == 1).all() and (y[:, 0, 1:] == 0).all()
+    assert torch.equal(y[:, 1:, :1], toy.encode_pixels(videos[:, :, :1]))
+    assert torch.equal(y[:, 1:, 1:], toy.encode_pixels(torch.zeros(2, 3, 7, 32, 32)))
+
+
+def test_a_widened_model_does_not_see_the_condition_yet():
+    text_to_video = load_wan(ROOT / "toy_base").eval()
+    config, state = i2v.widen(text_to_video)
+    image_to_video = WanModel(config).eval()
+    image_to_video.load_state_dict(state)
+    assert config.model_type == "i2v"
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(2, 12, 8, 8, 8, generator=generator)
+    y = torch.randn(2, 13, 8, 8, 8, generator=generator)
+    inputs = (x, torch.tensor([300.0, 900.0]), torch.randn(2, 6, 32, generator=generator))
+    with torch.no_grad():
+        torch.testing.assert_close(image_to_video(*inputs, y=y), text_to_video(*inputs))
