@@ -7,6 +7,8 @@ SPO, Reg-DPO and the base in the embedded world, by exact marks: two samplers, o
     python experiments/compare.py            # marks.json, the table of all marks in docs/SPO.md, docs/spo.png
     python experiments/run.py main --settings dpo regdpo --seeds 0
     python experiments/compare.py picture    # docs/real_base_dpo_regdpo.png
+    python experiments/run.py i2v --settings dpo regdpo --seeds 0
+    python experiments/compare.py i2v        # docs/i2v.png
 
 Models that experiments/logs/spo/marks.json already holds are not sampled again. ddim, 10 steps with eta 1, is the
 sampler whose steps SPO trained here; euler, 20 steps, is the one that train.py shows.
@@ -20,6 +22,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import i2v
 import toy
 from evaluate import SHAPE, Captions
 from pictures import to_rgb
@@ -178,5 +181,17 @@ def draw_main_picture():
     draw_sheet(DOCS / "real_base_dpo_regdpo.png", shown_clips(exports, captions, real, "euler"), captions)
 
 
+def draw_image_picture():
+    """What the base, DPO and Reg-DPO make of six captions and the first frames of the real clips, which are given."""
+    captions, videos, real, _ = i2v.held_out(6)
+    rows = {"real": real}
+    exports = {"base": i2v.BASE, "DPO": OUT / "i2v" / "dpo_0" / "export",
+               "Reg-DPO": OUT / "i2v" / "regdpo_0" / "export"}
+    for title, model in exports.items():
+        rows[title] = i2v.make_clips(load_wan(model).eval(), captions, videos, guidance=1.0)
+    draw_sheet(DOCS / "i2v.png", rows, captions)
+
+
 if __name__ == "__main__":
-    draw_main_picture() if sys.argv[1:] == ["picture"] else main()
+    pictures = {"picture": draw_main_picture, "i2v": draw_image_picture}
+    pictures.get("".join(sys.argv[1:]), main)()

@@ -48,9 +48,9 @@ def check_one_code(title, runs):
                      "ones again")
 
 
-def read_base():
-    """The base's marks, as a run that has one seed."""
-    file = ROOT / "experiments" / "logs" / "base.json"
+def read_base(experiment=""):
+    """The base's marks, as a run that has one seed. experiment: where it has a base of its own."""
+    file = ROOT / "experiments" / "logs" / experiment / "base.json"
     return {"judged": {"base": json.loads(file.read_text())}}
 
 
@@ -108,6 +108,8 @@ def table(runs):
 
 
 SHOWN = ("drift", "background", "broken", "frechet")               # of judged runs, at each guidance
+SHOWN_OF_IMAGES = ("drift", "first_frame", "background", "broken", "frechet")
+TITLES = {"frechet": "Fréchet", "first_frame": "first frame"}
 
 
 def judged_mark(run, mark, guidance, when):
@@ -116,15 +118,15 @@ def judged_mark(run, mark, guidance, when):
     return mean(value) if isinstance(value, list) else value
 
 
-def judged_table(runs, when="300 ema"):
+def judged_table(runs, when="300 ema", base=None, shown=SHOWN):
     """Marks of each setting without guidance and at guidance 2, and the gaps at the end of training."""
-    titles = [f"{'Fréchet' if name == 'frechet' else name}{note}" for note in ("", ", g2") for name in SHOWN]
+    titles = [f"{TITLES.get(name, name)}{note}" for note in ("", ", g2") for name in shown]
     text = table_head("", "seeds", *titles, "win_gap", "lose_gap")
-    for title, runs_of_setting in ({"base": [read_base()]} | runs).items():
+    for title, runs_of_setting in ({"base": [base or read_base()]} | runs).items():
         is_base = title == "base"
         cells = ["" if is_base else len(runs_of_setting)]
         for guidance in ("1", "2"):
-            cells += [spread([judged_mark(run, name, guidance, when) for run in runs_of_setting]) for name in SHOWN]
+            cells += [spread([judged_mark(run, name, guidance, when) for run in runs_of_setting]) for name in shown]
         for name in ("win_gap", "lose_gap"):
             gaps = [0] if is_base else gap(runs_of_setting, name)
             cells.append(spread(gaps, 0 if is_base else 3) if gaps else "")
@@ -147,13 +149,13 @@ def difference(first, second, mark, guidance, when):
                                        mark_table(second, mark, guidance, of_second)))
 
 
-def difference_table(runs, pairs, guidance, when="300 ema"):
+def difference_table(runs, pairs, guidance, when="300 ema", base=None, shown=SHOWN):
     """A row for each (first, second) of pairs: first minus second, with intervals; lower is better in every column."""
-    runs = {"base": [read_base()]} | runs
-    text = table_head("", "seeds", "drift", "background", "broken", "Fréchet")
+    runs = {"base": [base or read_base()]} | runs
+    text = table_head("", "seeds", *(TITLES.get(name, name) for name in shown))
     for first, second in pairs:
         if first in runs and second in runs:
-            cells = [difference(runs[first], runs[second], name, guidance, when) for name in SHOWN]
+            cells = [difference(runs[first], runs[second], name, guidance, when) for name in shown]
             seeds = min(len(runs[name]) for name in (first, second) if name != "base")
             text += table_row(f"{first} − {second}", seeds, *cells)
     return text
@@ -176,7 +178,7 @@ def sigma_table(runs):
 
 def long_table(runs):
     """Marks after every 300 steps, of the average and of the raw weights, without guidance."""
-    titles = [f"{'Fréchet' if name == 'frechet' else name}{note}" for note in ("", ", raw") for name in SHOWN]
+    titles = [f"{TITLES.get(name, name)}{note}" for note in ("", ", raw") for name in SHOWN]
     text = table_head("", "step", *titles)
     for title, runs_of_setting in runs.items():
         for step in sorted({int(key.split()[0]) for key in runs_of_setting[0]["judged"]}):
@@ -276,12 +278,12 @@ def plot_trade(runs, path):
     save(figure, path)
 
 
-def plot_judged(runs, path, when="300 ema"):
+def plot_judged(runs, path, when="300 ema", base=None):
     """Drift against background without guidance and at guidance 2: a small dot a seed, a large one their mean."""
     figure, axes = plt.subplots(1, 2, figsize=(12, 4.6))
     for axis, guidance in zip(axes, ("1", "2")):
-        base = [judged_mark(read_base(), name, guidance, when) for name in ("background", "drift")]
-        axis.plot(*base, "k*", markersize=14, label="base")
+        of_base = [judged_mark(base or read_base(), name, guidance, when) for name in ("background", "drift")]
+        axis.plot(*of_base, "k*", markersize=14, label="base")
         for number, (title, runs_of_setting) in enumerate(runs.items()):
             style = {"color": f"C{number % 10}", "marker": "osD"[number // 10], "linestyle": ""}
             x, y = ([judged_mark(run, name, guidance, when) for run in runs_of_setting]
@@ -306,7 +308,7 @@ def plot_long(runs, path):
                           for step in steps]
                 axis.plot([0, *steps], [start, *values], line, color=f"C{number}", markersize=3,
                           label=title if which == "ema" else None)
-            axis.set(title=f"{'Fréchet' if name == 'frechet' else name} (lower is better)", xlabel="step")
+            axis.set(title=f"{TITLES.get(name, name)} (lower is better)", xlabel="step")
     axes[-1].legend(fontsize=7, bbox_to_anchor=(1.02, 1), loc="upper left")
     save(figure, path)
 
@@ -379,6 +381,19 @@ def new_tables(runs):
     return tables
 
 
+OF_IMAGES = (("sft", "base"), ("dpo", "base"), ("regdpo", "base"), ("regdpo", "sft"), ("regdpo", "dpo"),
+             ("regdpo_r_scale_0.2", "regdpo"), ("diffusion_sdpo", "regdpo"))
+
+
+def image_tables(runs):
+    """{name: table} of image-to-video, whose base and marks are its own (i2v.py)."""
+    check_one_code("i2v", runs)
+    own = {"base": read_base("i2v"), "shown": SHOWN_OF_IMAGES}
+    return {"i2v": judged_table(runs, **own),
+            "i2v, differences": difference_table(runs, OF_IMAGES, "1", **own),
+            "i2v, differences, guidance 2": difference_table(runs, OF_IMAGES, "2", **own)}
+
+
 def main():
     runs = {name: read(name) for name in EXPERIMENTS}
     losses, strong, beta = runs["losses"], runs["beta1000"], runs["beta"]
@@ -388,7 +403,7 @@ def main():
     pairs = {"as in the main table": losses["regdpo"]} | runs["pairs"]
     in_short = {title: runs["main"][name] for title, name in (("SFT", "sft"), ("DPO", "dpo"), ("Reg-DPO", "regdpo"))}
     write(ROOT / "README.md", {"objectives": judged_table(in_short)})
-    write(ROOT / "docs" / "RESULTS.md", new_tables(runs) | {
+    write(ROOT / "docs" / "RESULTS.md", new_tables(runs) | image_tables(runs["i2v"]) | {
         "losses": table(losses), "beta300": table(runs["beta300"]), "beta1000": table(strong),
         "r": table(r), "r1000": table(r_1000), "beta dpo": grid(beta, "dpo"), "beta regdpo": grid(beta, "regdpo"),
         "identity": identity(runs["identity"]), "pairs": table(pairs),
@@ -399,6 +414,7 @@ def main():
     plot_curves(losses, names, keys, "results_losses.png")
     of_main = {name: runs["main"][name] for name in OF_MAIN if name in runs["main"]}
     plot_judged(of_main, "results_main.png")
+    plot_judged(runs["i2v"], "results_i2v.png", base=read_base("i2v"))
     if runs["long"]:
         plot_long(runs["long"], "results_long.png")
     plot_curves(strong, ("sft", "dpo", "regdpo", "dpo_cm", "sdpo", "ipo"), keys, "results_beta1000.png")

@@ -72,6 +72,8 @@ LORA = ["--loss", "regdpo", "--lora_rank"]
 MAIN["lora8"] = at(30, 1e-3, [*LORA, "8", *JUDGED], lowest=0)
 MAIN["lora8_lr3e-4"] = at(30, 3e-4, [*LORA, "8", *JUDGED], lowest=0)
 MAIN["lora8_lr3e-3"] = at(30, 3e-3, [*LORA, "8", *JUDGED], lowest=0)
+for rank in (4, 16, 64):
+    MAIN[f"lora{rank}_lr3e-3"] = at(30, 3e-3, [*LORA, str(rank), *JUDGED], lowest=0)
 MAIN["regdpo_guided_losers"] = over_all(*REGDPO, "--guidance", "2")
 LONG = {name: [*MAIN[name], "--steps", "1500"]
         for name in ("dpo", "regdpo", "regdpo_r15", "sft", "dpo_cm_0.97_clip1", "sdpo_clip1")}
@@ -109,11 +111,30 @@ IDENTITY = {"regdpo": strong(*REGDPO, *HUNDRED_STEPS),
 ROUND_TWO = ["--init", "out/experiments/losses/regdpo_0/export"]
 PAIR_FLAGS = {"two": ["--per_sample", "2"], "four": ["--per_sample", "4"], "guidance2": ["--guidance", "2"],
               "steps10": ["--steps", "10"], "steps50": ["--steps", "50"],
-              "renoise0.9": ["--renoise", "0.9"], "renoise0.7": ["--renoise", "0.7"], "round2": ROUND_TWO}
-PAIRS = {name: mild(*REGDPO, "--data", f"data/pairs_{name}") for name in PAIR_FLAGS if name != "round2"}
+              "renoise0.9": ["--renoise", "0.9"], "renoise0.7": ["--renoise", "0.7"]}
+PAIRS = {name: mild(*REGDPO, "--data", f"data/pairs_{name}") for name in PAIR_FLAGS}
+PAIR_FLAGS["round2"] = ROUND_TWO
 PAIRS["separate_noise"] = mild("experiments/variants.py", "separate_noise", "--loss", "regdpo")
 PAIRS["second_round"] = mild("--loss", "regdpo", *ROUND_TWO, "--data", "data/pairs_round2")
 PAIRS["more_of_the_same"] = mild("--loss", "regdpo", *ROUND_TWO, "--data", "data/pairs_base")
+
+# Whose clips win, and whose lose, over all noise levels: three rounds of a hundred steps, each with fresh losers of the
+# newest average, or each with the first losers again, next to 300 steps without a stop; and own clips that win
+# (own_pairs.py). A round has a seed of its own, so that it draws other noise: --settings first --seeds 0, then
+# --settings fresh_2 same_2 --seeds 1, then --settings fresh_3 same_3 --seeds 2.
+EXPORTS = "out/experiments/data"
+A_ROUND = [*REGDPO, "--steps", "100"]
+PAIR_FLAGS["fresh_2"] = ["--init", f"{EXPORTS}/first_0/export"]
+PAIR_FLAGS["fresh_3"] = ["--init", f"{EXPORTS}/fresh_2_1/export"]
+AFTER_SAME_2 = ["--init", f"{EXPORTS}/same_2_1/export"]
+DATA = {"first": over_all(*A_ROUND),
+        "fresh_2": over_all(*A_ROUND, *PAIR_FLAGS["fresh_2"], "--data", "data/pairs_fresh_2"),
+        "fresh_3": over_all(*A_ROUND, *PAIR_FLAGS["fresh_3"], "--data", "data/pairs_fresh_3"),
+        "same_2": over_all(*A_ROUND, *PAIR_FLAGS["fresh_2"], "--data", "data/pairs_base"),
+        "same_3": over_all(*A_ROUND, *AFTER_SAME_2, "--data", "data/pairs_base"),
+        "gt_pairs": over_all(*REGDPO),
+        "best_worst": over_all(*REGDPO, "--data", "data/best_worst/pairs.jsonl"),
+        "better_model": over_all(*REGDPO, "--data", "data/better_model/pairs.jsonl")}
 
 # The same on a base that is less trained (0.37 broken clips at guidance 2 instead of 0.08), and on one trained further.
 FORMER_BASE_COMMIT = "270b339"
@@ -151,7 +172,7 @@ I2V = {name: [*over_all(*OBJECTIVES[name]), *OF_IMAGES]
 
 EXPERIMENTS = {"main": MAIN, "long": LONG, "losses": LOSSES, "beta300": BETA_300, "beta1000": BETA_1000,
                "r": R, "r1000": R_1000, "beta": BETA, "identity": IDENTITY, "pairs": PAIRS, "former_base": FORMER_BASE,
-               "better_base": BETTER_BASE, "spo": SPO, "i2v": I2V}
+               "better_base": BETTER_BASE, "spo": SPO, "i2v": I2V, "data": DATA}
 
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -195,6 +216,10 @@ def prepare(flags):
     if "data/i2v" in flags:
         for what in (["base"], ["pairs", "data/i2v"]):
             subprocess.run([sys.executable, "experiments/i2v.py", *what], cwd=ROOT, check=True)
+    for name in ("best_worst", "better_model"):
+        if f"data/{name}/pairs.jsonl" in flags:
+            making = [sys.executable, "experiments/own_pairs.py", name, f"data/{name}"]
+            subprocess.run(making, cwd=ROOT, check=True)
     for flag in flags:
         if flag.startswith("data/pairs_"):
             make_pairs(flag)
