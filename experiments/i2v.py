@@ -35,10 +35,11 @@ from weights import load_wan, save_wan
 BASE = ROOT / "experiments" / "i2v_base"
 MARKS = ("direction", "shape", "drift", "background", "first_frame", "broken")    # kept for every caption
 MASK_CHANNELS = 1
-# toy_base with new input channels of zeros, so that it ignores the image at first, learns to use it from real clips
+# toy_base with new input channels of zeros, so that it ignores the image at first, learns from real clips to use it
 BASE_FLAGS = ["--loss", "sft", "--steps", "600", "--batch_size", "32", "--learning_rate", "1e-3",
-              "--warmup_steps", "50", "--decay_steps", "300", "--ema_decay", "0.99", "--caption_dropout", "0.1", "--flow_shift", "5",
-              "--min_timestep", "0", "--eval_clips", "0", "--probe_every", "0", "--save_every", "100"]
+              "--warmup_steps", "50", "--decay_steps", "300", "--ema_decay", "0.99", "--caption_dropout", "0.1",
+              "--flow_shift", "5", "--min_timestep", "0", "--eval_clips", "0", "--probe_every", "0",
+              "--save_every", "100"]
 
 
 # ----------------------------------------------------------------------------------------------------------------------
