@@ -35,9 +35,9 @@ def read(experiment):
     return {setting: runs[setting] for setting in EXPERIMENTS[experiment] if setting in runs}
 
 
-def check_one_code(title, runs):
-    """Refuse a table whose runs come from different code or different bases."""
-    for name in ("code", "init"):
+def check_one_code(title, runs, names=("code", "init")):
+    """Refuse a table whose runs come from different code or, unless names leaves out "init", different bases."""
+    for name in names:
         found = {}
         for setting, runs_of_setting in runs.items():
             for run in runs_of_setting:
@@ -392,6 +392,27 @@ def image_tables(runs):
     return {"i2v": judged_table(runs, **own),
             "i2v, differences": difference_table(runs, OF_IMAGES, "1", **own),
             "i2v, differences, guidance 2": difference_table(runs, OF_IMAGES, "2", **own)}
+
+
+OF_DATA = (("three rounds, fresh losers", "three rounds, first losers"), ("three rounds, fresh losers", "GT-Pairs"),
+           ("three rounds, first losers", "GT-Pairs"), ("best against worst of four", "GT-Pairs"),
+           ("guided clips win", "GT-Pairs"), ("best against worst of four", "base"), ("guided clips win", "base"))
+ROWS_OF_DATA = {"gt_pairs": "GT-Pairs", "first": "one round", "fresh_2": "two rounds, fresh losers",
+                "fresh_3": "three rounds, fresh losers", "same_2": "two rounds, first losers",
+                "same_3": "three rounds, first losers", "best_worst": "best against worst of four",
+                "better_model": "guided clips win"}
+
+
+def data_tables(runs):
+    """{name: table} of rounds, which begin with different weights, and of own clips that win."""
+    check_one_code("data", runs, names=("code",))
+    rows = {}
+    for name, title in ROWS_OF_DATA.items():
+        if name in runs:
+            # a round has a seed of its own and ends at step 100; here all rows are runs of one seed at their end
+            rows[title] = [run | {"seed": 0, "judged": {"end": list(run["judged"].values())[-1]}} for run in runs[name]]
+    return {"data": judged_table(rows, "end"), "data, differences": difference_table(rows, OF_DATA, "1", "end"),
+            "data, differences, guidance 2": difference_table(rows, OF_DATA, "2", "end")}
 
 
 def main():

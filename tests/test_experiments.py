@@ -1,4 +1,5 @@
-"""The intervals of docs/RESULTS.md: they hold what they say, and rows that do not belong together are refused."""
+"""The intervals and marks of docs/RESULTS.md hold what they say; rows that do not belong together are refused."""
+import json
 import sys
 from pathlib import Path
 
@@ -9,9 +10,12 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "experiments"))
 import i2v
+import own_pairs
 import paired
 import toy
+from data import pairs_from_scores, read_scores
 from model import WanModel
+from samples import write_sample
 from weights import load_wan
 
 
@@ -128,3 +132,22 @@ def test_a_widened_model_does_not_see_the_condition_yet():
     inputs = (x, torch.tensor([300.0, 900.0]), torch.randn(2, 6, 32, generator=generator))
     with torch.no_grad():
         torch.testing.assert_close(image_to_video(*inputs, y=y), text_to_video(*inputs))
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# own clips that win
+
+def test_of_clips_of_one_caption_the_one_that_flies_best_wins_over_the_one_that_flies_worst(tmp_path):
+    caption = "small green square moving slowly left"
+    real = toy.render(caption, toy.trajectory(torch.tensor([24.0, 16.0]), caption))    # no bounce
+    still = real[:, :1].expand_as(real)
+    half = torch.cat([real[:, :4], real[:, 3:4].expand(-1, 4, -1, -1)], dim=1)         # stops half way
+    files = []
+    for name, video in (("negatives", still), ("negatives_1", real), ("negatives_2", half)):
+        files.append(tmp_path / name / "00000.safetensors")
+        write_sample(files[-1], toy.encode_pixels(video), toy.encode_text(caption), {"prompt": caption})
+    own_pairs.score_by_drift(files, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "scores.jsonl").read_text().splitlines()]
+    assert len(rows) == 3 and all(row["score"] <= 0 for row in rows)
+    pairs, _, _ = pairs_from_scores(read_scores(tmp_path / "scores.jsonl"), 0.0)
+    assert [(win.path, lose.path) for win, lose in pairs] == [(files[1], files[0])]
