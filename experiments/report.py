@@ -424,7 +424,8 @@ def main():
     pairs = {"as in the main table": losses["regdpo"]} | runs["pairs"]
     in_short = {title: runs["main"][name] for title, name in (("SFT", "sft"), ("DPO", "dpo"), ("Reg-DPO", "regdpo"))}
     write(ROOT / "README.md", {"objectives": judged_table(in_short)})
-    write(ROOT / "docs" / "RESULTS.md", new_tables(runs) | image_tables(runs["i2v"]) | {
+    of_data = data_tables(runs["data"]) if runs["data"] else {}
+    write(ROOT / "docs" / "RESULTS.md", new_tables(runs) | image_tables(runs["i2v"]) | of_data | {
         "losses": table(losses), "beta300": table(runs["beta300"]), "beta1000": table(strong),
         "r": table(r), "r1000": table(r_1000), "beta dpo": grid(beta, "dpo"), "beta regdpo": grid(beta, "regdpo"),
         "identity": identity(runs["identity"]), "pairs": table(pairs),
