@@ -211,7 +211,7 @@ def prepare(flags):
         if f"data/{name}" in flags and not (ROOT / "data" / name).exists():
             make(ROOT / "data" / name)
     if "data/siblings/pairs.jsonl" in flags:
-        making = [sys.executable, "experiments/siblings.py", "make", "data/siblings", "1024"]
+        making = [sys.executable, "experiments/siblings.py", "make", "data/siblings", "2048"]
         subprocess.run(making, cwd=ROOT, check=True)
     if "data/i2v" in flags:
         for what in (["base"], ["pairs", "data/i2v"]):

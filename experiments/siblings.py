@@ -2,7 +2,7 @@
 A judge that was taught on siblings: pairs of the base's own clips of one caption, labelled by the exact metric, as
 SPO's authors train theirs on labelled pairs of generated images.
 
-    python experiments/siblings.py make data/siblings 1024          # pairs.jsonl, its samples, and held-out pairs
+    python experiments/siblings.py make data/siblings 2048          #  pairs.jsonl, its samples, and held-out pairs
     python experiments/siblings.py accuracy out/JUDGE/export        # by noise level, on 256 held-out pairs
 
 experiments/run.py trains the judge and SPO with it: settings sibling_judge and sibling_judged of `spo`.
@@ -75,7 +75,7 @@ def accuracy(judge, folder):
     """How often the better clip of a held-out pair has the higher score, both under one noise: {sigma: share}."""
     rows = [json.loads(line) for line in (folder / "pairs.jsonl").read_text().splitlines()]
     win, lose = ([read_sample(folder / row[side]) for row in rows] for side in ("win", "lose"))
-    batch = {"context": torch.stack([item["context"] for item in win])}
+    batch = {"context": torch.nn.utils.rnn.pad_sequence([item["context"] for item in win], batch_first=True)}
     noise = torch.stack([torch.randn(SHAPE, generator=randomness(0, i, "probe")) for i in range(len(rows))])
     shares = {}
     for sigma in SIGMAS:
