@@ -479,7 +479,7 @@ def make_videos(args, config, sampler, high, low):
         latents = generate(model, context, seeds, shape, sampler, negative, load_low, **stacked)
         for i, (_, number, _) in enumerate(batch):
             kept = metadata | {"prompt": prompts[number], "noise_seed": seeds[i]}
-            write_sample(targets[start + i], latents[i], contexts[number], kept)
+            write_sample(targets[start + i], latents[i], contexts[number], kept, **tensors[i])
     del model, load_low
     sheet = out / ("contact_sheet.png" if args.world == 1 else f"contact_sheet_{args.rank}.png")
     videos = out if args.name_by == "number" else out / "videos"   # VBench takes a folder of nothing but videos

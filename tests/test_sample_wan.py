@@ -10,7 +10,7 @@ import sample
 import streaming
 from conftest import write_png
 from data import open_data
-from samples import read_sample, write_sample
+from samples import check_samples, read_sample, read_summaries, write_sample
 from model import WanConfig, WanModel
 from weights import load_wan, open_wan, save_wan
 
@@ -42,7 +42,8 @@ class Encoders:
 
     def conditions(self, first, last, frames):
         self.log.append(f"conditions {tuple(first.shape)} {last is not None} {frames}")
-        shape = (self.config.out_dim, (frames - 1) // 4 + 1, first.shape[1] // 8, first.shape[2] // 8)
+        rows, columns = (side // (self.multiple // 2) for side in first.shape[1:])
+        shape = (self.config.out_dim, (frames - 1) // 4 + 1, rows, columns)
         return conditions_of(self.config, shape)
 
     def decode_video(self, latents):
@@ -111,6 +112,20 @@ def test_one_large_thing_at_a_time_is_in_memory(wan_folder, log, picture, tmp_pa
     made = read_sample(tmp_path / "out" / "00001.safetensors")
     assert made["metadata"]["encoder"] == "wan" and made["metadata"]["fps"] == "16" and len(made["context"]) == 3
     assert {"00000.mp4", "00001.mp4", "contact_sheet.png"} <= {path.name for path in (tmp_path / "out").iterdir()}
+
+
+@pytest.mark.parametrize("variant, size", [("i2v", (16, 32)), ("ti2v", (32, 64))])
+def test_samples_from_a_picture_hold_its_conditions_and_train_the_model(wan_folder, log, picture, tmp_path, variant, size):
+    pytest.importorskip("av", reason="mp4 files need PyAV (requirements-video.txt)")
+    pytest.importorskip("PIL", reason="pictures need Pillow, which diffusers brings")
+    run("--init", wan_folder(variant), "--prompts", "a cat", "--per_prompt", 2, "--image", picture, "--steps", 1,
+        "--frames", 5, "--size", *size, "--out", tmp_path / "out")
+    paths = sorted((tmp_path / "out").glob("*.safetensors"))
+    check_samples(read_summaries(paths), VARIANTS[variant])
+    for path in paths:
+        made = read_sample(path)
+        for name, tensor in conditions_of(VARIANTS[variant], made["latents"].shape).items():
+            assert torch.equal(made[name], tensor)
 
 
 SAMPLER_FLAGS = ("solver", "steps", "flow_shift", "guidance", "low_guidance", "boundary", "fps", "frames", "size")
