@@ -115,7 +115,7 @@ def test_one_large_thing_at_a_time_is_in_memory(wan_folder, log, picture, tmp_pa
 
 
 @pytest.mark.parametrize("variant, size", [("i2v", (16, 32)), ("ti2v", (32, 64))])
-def test_samples_from_a_picture_hold_its_conditions_and_train_the_model(wan_folder, log, picture, tmp_path, variant, size):
+def test_samples_from_a_picture_hold_the_conditions_to_train_on(wan_folder, log, picture, tmp_path, variant, size):
     pytest.importorskip("av", reason="mp4 files need PyAV (requirements-video.txt)")
     pytest.importorskip("PIL", reason="pictures need Pillow, which diffusers brings")
     run("--init", wan_folder(variant), "--prompts", "a cat", "--per_prompt", 2, "--image", picture, "--steps", 1,
