@@ -694,6 +694,33 @@ def test_public_files_of_many_trainers_are_read_rightly(tmp_path, public):
         check_adapters(adapters, smaller, path)
 
 
+PRINTED = json.loads((Path(__file__).parent / "lora_printed_keys.json").read_text())
+
+
+@pytest.mark.parametrize("printed", PRINTED, ids=lambda printed: printed["source"].split("/", 1)[1])
+def test_keys_that_users_print_of_their_files_are_read_rightly(tmp_path, printed):
+    """Keys as they stand in public reports, each alone with its counterpart in a file."""
+    for key, expected in printed["keys"].items():
+        stem = key.rsplit(".lora_", 1)[0].removesuffix(".alpha")
+        is_kohya = "lora_unet" in key or "lora_down" in key or "lora_up" in key
+        down, up = ("lora_down", "lora_up") if is_kohya else ("lora_A", "lora_B")
+        tensors = {f"{stem}.{down}.weight": torch.full((2, 8), 1.0), f"{stem}.{up}.weight": torch.full((8, 2), 2.0),
+                   f"{stem}.alpha": torch.tensor(6.0)}
+        if expected == "refused":
+            tensors = {key: torch.ones(8)}
+        assert key in tensors
+        path = tmp_path / "printed.safetensors"
+        save_file(tensors, path)
+        if expected == "refused":
+            with pytest.raises(ValueError, match=re.escape(key)):
+                open_lora(path)
+            continue
+        layer, part = expected.split(" ")
+        (name, adapter), = open_lora(path).items()
+        assert name == layer
+        assert {"A": adapter.A[:].mean() == 1, "B": adapter.B[:].mean() == 2, "alpha": adapter.alpha == 6}[part]
+
+
 def small_file(path, changes=(), header=None, drop=()):
     """A file of adapters for CONFIG's first block, in ComfyUI's keys without alpha, with changes {key: tensor}."""
     layers = {"self_attn.q": (32, 32), "ffn.0": (32, 64)}
