@@ -90,8 +90,10 @@ def open_lora(path):
             if re.search(pattern, key):
                 raise ValueError(f"{path}: {key} belongs to {kind}; only plain LoRA is read, and leaving out such "
                                  "tensors would make another model; merge the file with the tool that wrote it")
-        if key.startswith("transformer_2."):
-            raise ValueError(f"{path}: {key} is for the second expert; expected one expert's adapters in a file")
+        expert = re.match(r"(?:.*\.)?(transformer_[12])\.", key)
+        if expert:
+            raise ValueError(f"{path}: {key}: {expert[1]} is one of two experts; expected one expert's adapters in a "
+                             "file, without this part of the names")
         match = KEY.fullmatch(key)
         layer = match and layer_name(match["stem"])
         if layer is None:

@@ -640,6 +640,8 @@ def test_a_round_trip_over_the_dialects_keeps_every_bit(tmp_path, dtype):
             "transformer.blocks.0.attn2.add_v_proj.lora_A.weight"} <= keys["lora_diffusers"]
 
 
+# Facts about public files: "printed" holds keys as the source prints them, and the layer and matrix that each is for;
+# "filled_in" says which keys, sizes and scales no source prints. "*" is the number of a block.
 PUBLIC = json.loads((Path(__file__).parent / "lora_keys.json").read_text())
 NAMES = {torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32", torch.int64: "I64"}
 
@@ -687,38 +689,35 @@ def test_public_files_of_many_trainers_are_read_rightly(tmp_path, public):
     assert len(adapters) == public["blocks"] * len(matrices) / 2 and public["blocks"] == config.num_layers
     scales = {adapter.scale for adapter in adapters.values()}
     assert len(scales) == 1 and scales.pop() == pytest.approx(public["scale"], rel=1e-12)
-    layer = "blocks.7.cross_attn.o"
-    assert adapters[layer].shapes == [(adapters[layer].rank, config.dim), (config.dim, adapters[layer].rank)]
-    smaller = CONFIGS["wan2.1-t2v-1.3b" if config.dim != 1536 else "wan2.2-ti2v-5b"]
-    with pytest.raises(ValueError, match="is for another model: its adapter of blocks"):
-        check_adapters(adapters, smaller, path)
+    for layer, adapter in adapters.items():
+        if "_attn." in layer:
+            assert adapter.shapes == [(adapter.rank, config.dim), (config.dim, adapter.rank)]
+    others = ["wan2.1-t2v-1.3b" if config.dim != 1536 else "wan2.2-ti2v-5b", public.get("not_for")]
+    for other in filter(None, others):
+        with pytest.raises(ValueError, match="is for another model: its adapter of blocks"):
+            check_adapters(adapters, CONFIGS[other], path)
 
 
-PRINTED = json.loads((Path(__file__).parent / "lora_printed_keys.json").read_text())
-
-
-@pytest.mark.parametrize("printed", PRINTED, ids=lambda printed: printed["source"].split("/", 1)[1])
-def test_keys_that_users_print_of_their_files_are_read_rightly(tmp_path, printed):
-    """Keys as they stand in public reports, each alone with its counterpart in a file."""
-    for key, expected in printed["keys"].items():
-        stem = key.rsplit(".lora_", 1)[0].removesuffix(".alpha")
-        is_kohya = "lora_unet" in key or "lora_down" in key or "lora_up" in key
-        down, up = ("lora_down", "lora_up") if is_kohya else ("lora_A", "lora_B")
-        tensors = {f"{stem}.{down}.weight": torch.full((2, 8), 1.0), f"{stem}.{up}.weight": torch.full((8, 2), 2.0),
-                   f"{stem}.alpha": torch.tensor(6.0)}
-        if expected == "refused":
-            tensors = {key: torch.ones(8)}
-        assert key in tensors
-        path = tmp_path / "printed.safetensors"
-        save_file(tensors, path)
-        if expected == "refused":
-            with pytest.raises(ValueError, match=re.escape(key)):
-                open_lora(path)
-            continue
-        layer, part = expected.split(" ")
-        (name, adapter), = open_lora(path).items()
-        assert name == layer
-        assert {"A": adapter.A[:].mean() == 1, "B": adapter.B[:].mean() == 2, "alpha": adapter.alpha == 6}[part]
+@pytest.mark.parametrize("public", [public for public in PUBLIC if public["printed"]],
+                         ids=lambda public: public["trainer"])
+def test_keys_of_public_files_as_others_print_them_land_on_their_layers(tmp_path, public):
+    path = tmp_path / "lora.safetensors"
+    keys = {template.replace("*", str(number)) for template in public["keys"] for number in range(public["blocks"])}
+    assert keys >= set(public["printed"])
+    if "refused" in public:
+        save_file({key: torch.ones(1, 1) for key in public["printed"]}, path)
+        with pytest.raises(ValueError, match=f"belongs to {public['refused']}") as caught:
+            open_lora(path)
+        assert any(f"{path}: {key} belongs" in str(caught.value) for key in public["printed"])
+        return
+    values = {key: float(number) for number, key in enumerate(sorted(keys), start=1)}  # each tensor has its own number
+    save_file({key: torch.tensor(value) if key.endswith(".alpha") else torch.full((1, 1), value)
+               for key, value in values.items()}, path)
+    adapters = open_lora(path)
+    for key, place in public["printed"].items():
+        layer, part = place.split()
+        value = adapters[layer].alpha if part == "alpha" else getattr(adapters[layer], part)[:].item()
+        assert value == values[key], key
 
 
 def small_file(path, changes=(), header=None, drop=()):
@@ -745,7 +744,9 @@ STEM = "diffusion_model.blocks.0.self_attn.q"
     ({f"{STEM}.diff_b": torch.ones(32)}, (), "diff_b belongs to differences of whole weights"),
     ({"diffusion_model.blocks.0.norm3.diff": torch.ones(32)}, (), "diff belongs to differences of whole weights"),
     ({f"{STEM}.lora_B.bias": torch.ones(32)}, (), "lora_B.bias belongs to biases of adapters"),
-    ({"transformer_2.blocks.0.attn1.to_q.lora_A.weight": torch.ones(4, 32)}, (), "is for the second expert"),
+    ({"transformer_2.blocks.0.attn1.to_q.lora_A.weight": torch.ones(4, 32)}, (), "transformer_2 is one of two experts"),
+    ({"diffusion_model.transformer_1.blocks.0.cross_attn.k.lora_A.weight": torch.ones(4, 32)}, (),
+     "transformer_1 is one of two experts"),
     ({"diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight": torch.ones(4, 32)}, (), "fits no layer of a Wan"),
     ({"lora_te_text_model_encoder_layers_0_q.lora_down.weight": torch.ones(4, 32)}, (), "fits no layer of a Wan"),
     ({"diffusion_model.blocks.0.vace.q.lora_A.weight": torch.ones(4, 32)}, (), "fits no layer of a Wan model"),
