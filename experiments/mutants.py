@@ -8,7 +8,7 @@ are made of, each tried in a copy of the checkout on the tests that cover its fi
 
 Results are rows of out/mutants.jsonl; what is there is not tried again. A mutant is killed when a test fails, when the
 tests do not end in time, and when they cannot begin. On a busy machine ranks wait for each other longer than tests
-allow: a mutant killed by a test that has nothing to do with it is to be tried again on a quiet one.
+allow: a mutant killed by a test that has nothing to do with it is tried again on a quiet one.
 """
 import argparse
 import ast

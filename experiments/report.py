@@ -29,7 +29,7 @@ def read(experiment):
     """{setting: [run, run, ...]}, runs as experiments/run.py keeps them, in its order of settings."""
     runs = {}
     for file in sorted((ROOT / "experiments" / "logs" / experiment).glob("*.json")):
-        if file.stem.rsplit("_", 1)[-1].isdecimal():                           # else it is no run
+        if file.stem.rsplit("_", 1)[-1].isdecimal():                           # others are not runs
             setting, seed = file.stem.rsplit("_", 1)
             runs.setdefault(setting, []).append(json.loads(file.read_text()) | {"seed": int(seed)})
     return {setting: runs[setting] for setting in EXPERIMENTS[experiment] if setting in runs}

@@ -63,7 +63,7 @@ for loss in ("dpo_cm", "sdpo", "ipo", "dpop", "diffusion_sdpo"):
     OBJECTIVES[loss] = ["--loss", loss, "--ref", "cached"]
 
 # What each objective does with the same 512 GT-Pairs, the same steps and the same flags, over all noise levels;
-# and five times as long, where a run goes on from the main table's.
+# and five times as long, where a run continues one of the main table.
 VARIATIONS = {"regdpo_r15": [*REGDPO, "--r", "15"],                                # dgr at the start is beta / 2
               "dpo_cm_0.97_clip1": [*OBJECTIVES["dpo_cm"], "--threshold", "0.97", "--clip", "1"],
               "sdpo_clip1": [*OBJECTIVES["sdpo"], "--clip", "1"]}

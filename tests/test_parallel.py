@@ -299,7 +299,7 @@ def test_the_plan_says_what_is_on_each_rank_and_what_on_the_cpu():
     line = plan("--checkpointing", "full", "--offload_params", "--chunk_tokens", "4096", "--ref", "offload",
                 "--ema_decay", "0")                        # 2 bytes
     assert ("weights 1.000 (CPU), gradients 1.000 (CPU), AdamW 2.000 (CPU), reference 1.000 (CPU), kept activations "
-            "1.406; on top") in line
+            "1.406; plus") in line
     line = plan("--checkpointing", "selective", "--ref", "cached", "--backward", "sequential")         # 4 + 9 * 4
     assert "reference 1.000 while it is scored, then 0" in line and "kept activations 28.125;" in line
     assert "kept activations 5.625;" in plan("--checkpointing", "chunked")                              # 4 + 4
