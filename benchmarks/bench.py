@@ -464,7 +464,8 @@ def parse_args(argv):
         epilog="All other flags are train.py's; to measure several runs, put '+' between the flags of two runs.")
     add = p.add_argument
     add("--plan", action="store_true",
-        help="print what one step needs and whether it fits; without flags about memory, the first ones that fit")
+        help="print what one step needs and whether it fits; without flags about memory, the first ones that fit; "
+             "of one model or, with --switch_every, of two experts, whose switch is not in the time")
     add("--model", default="auto", choices=["auto", *CONFIGS],
         help="auto: 14b to plan; to measure, 1.3b on a GPU and tiny on a CPU")
     add("--frames", type=int, default=0, help="frames of a clip; 0: the model's usual number")

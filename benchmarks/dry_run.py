@@ -273,6 +273,8 @@ def one_step(args, config, shape, ranks, live):
     for tag, tensors in resident:
         for tensor in tensors:
             live.track(tensor.to_local() if isinstance(tensor, DTensor) else tensor, tag)
+    if args.switch_every:                                            # the other expert takes as much, and waits
+        live.bytes[HOST] += sum(live.bytes[tag] for tag in {tag for tag, _ in resident})
 
     # The step is cut into segments, in each of which the peak moves with the number of blocks: forward with backward
     # of the last two blocks, then backward of the others.

@@ -113,6 +113,16 @@ def test_a_frozen_base_on_the_cpu_is_copied_to_the_device_and_never_back(words, 
     assert "weights" not in more.parts and "gradients" not in more.parts
 
 
+def test_the_expert_whose_turn_it_is_not_waits_in_cpu_memory():
+    words = "--lora_rank 4 --ema_decay 0.9"
+    one, two = (simulate(flags(words + more), SMALL, SHAPE, 1) for more in ("", " --switch_every 5"))
+    assert two.peak == one.peak and one.host == 0
+    assert two.host == one.parts["weights"] + one.parts["optimizer"] + one.parts["ema"]
+    words += " --offload_params"
+    one, two = (simulate(flags(words + more), SMALL, SHAPE, 1) for more in ("", " --switch_every 5"))
+    assert 1.9 * one.host < two.host < 2 * one.host        # all but gradients, which only the trained one has
+
+
 def test_what_is_offloaded_leaves_the_device():
     stream = 256 * 128 * 4                                # bytes before each block
     few = simulate(flags(OFFLOADED), dataclasses.replace(SMALL, num_layers=4), SHAPE, 1)
