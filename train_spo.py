@@ -144,8 +144,8 @@ def open_policy(path):
     """The WanConfig of the model at --init. ValueError unless it generates, from noise to clip."""
     model, second_expert = find_experts(path)              # refuses one expert alone
     if second_expert:
-        raise ValueError(f"--init {path}: two experts, and SPO trains one model that samples alone; train each with "
-                         "train.py")
+        raise ValueError(f"--init {path}: two experts, and SPO trains one model that samples alone; train both "
+                         "with train.py")
     config, _ = open_wan(model)
     if config.scores:
         raise ValueError(f"--init {path}: a preference model, expected a model that generates; give it to --score")

@@ -2,7 +2,7 @@
 Adapters on one card: the fastest flags with which a Reg-DPO step at a model's usual clip fits, for cards of 12 to 80
 GB. Needs no GPU.
 
-    python benchmarks/cards.py            # rewrites the table "cards" of docs/MEMORY.md; 25 minutes of one core
+    python benchmarks/cards.py            # rewrites the table "cards" of docs/MEMORY.md; 15 minutes of one core
 
 dry_run.py counts every figure on the real step: adapters of rank 32 in all layers, their average, one pair at a time.
 """
