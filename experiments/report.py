@@ -336,11 +336,11 @@ def plot_weights(losses, sweep, path):
 # pages
 
 OF_MAIN = ("sft", "dpo", "regdpo", "regdpo_r_scale_0.2", "regdpo_r15", "diffusion_sdpo", "dpo_cm", "dpo_cm_0.97_clip1",
-           "sdpo", "sdpo_clip1")                           # the other rows of main have tables of their own
+           "sdpo", "sdpo_clip1", "dpop", "ipo")            # the other rows of main have tables of their own
 DIFFERENCES = (("sft", "base"), ("dpo", "base"), ("regdpo", "base"), ("regdpo", "sft"), ("regdpo", "dpo"),
                ("regdpo_r_scale_0.2", "regdpo"), ("regdpo_r15", "regdpo"), ("diffusion_sdpo", "regdpo"),
                ("diffusion_sdpo", "base"), ("dpo_cm", "dpo"), ("dpo_cm_0.97_clip1", "dpo"), ("sdpo", "dpo"),
-               ("sdpo_clip1", "dpo"))
+               ("sdpo_clip1", "dpo"), ("dpop", "sft"), ("dpop", "regdpo"), ("ipo", "dpo"))
 LAST = "1500 ema"
 LONG_DIFFERENCES = (("regdpo", "base"), ("dpo", "base"), ("regdpo", "dpo"))
 
