@@ -238,7 +238,7 @@ def matroska_end(container, stream):
 
 
 def is_cut_off(path, kind):
-    """Whether a file is cut off: its Matroska segment, its RIFF chunk or its last TS packet is not whole."""
+    """Whether a file is cut off: its Matroska segment, its RIFF chunk, its last FLV tag or TS packet is not whole."""
     size = Path(path).stat().st_size
     with open(path, "rb") as file:
         head = file.read(4096)
@@ -250,6 +250,13 @@ def is_cut_off(path, kind):
         return length != unknown and segment + 4 + width + length > size
     if kind == "avi" and head[:4] == b"RIFF":
         return int.from_bytes(head[4:8], "little") > size
+    if kind == "flv":
+        place = int.from_bytes(head[5:9]) + 4                         # of the first tag
+        with open(path, "rb") as file:
+            while place < size:
+                file.seek(place + 1)
+                place += 11 + int.from_bytes(file.read(3)) + 4        # a tag's header, its data, its size again
+        return place > size + 4
     if kind == "mpegts":
         for unit, before in ((188, 0), (192, 4), (204, 0)):           # bytes of a packet, and of those before its sync
             for place in range(unit):

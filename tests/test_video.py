@@ -300,6 +300,17 @@ def test_a_file_that_is_cut_off_is_refused_by_name(tmp_path, name, codec, option
         damage(path)
 
 
+def test_an_flv_file_that_is_cut_off_between_two_pictures_is_refused_by_name(tmp_path):
+    path = numbered_video(tmp_path / "a.flv", 20)
+    assert len(look_at(path).stamps) == 20
+    content = path.read_bytes()
+    with av.open(str(path)) as container:
+        places = [packet.pos for packet in container.demux(video=0) if packet.size]
+    for further in (1, 3, 8):                                                  # bytes of the header of a tag
+        path.write_bytes(content[:places[12] + further])
+        assert "the file is cut off, it ends before it says" in damage(path)
+
+
 def test_a_picture_that_is_missing_is_refused_by_name(tmp_path):
     path = numbered_video(tmp_path / "a.mp4", 16)
     film = look_at(path)
