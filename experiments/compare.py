@@ -23,6 +23,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import i2v
+import judge
 import toy
 from evaluate import SHAPE, Captions
 from pictures import to_rgb
@@ -188,7 +189,7 @@ def draw_image_picture():
     exports = {"base": i2v.BASE, "DPO": OUT / "i2v" / "dpo_0" / "export",
                "Reg-DPO": OUT / "i2v" / "regdpo_0" / "export"}
     for title, model in exports.items():
-        rows[title] = i2v.make_clips(load_wan(model).eval(), captions, videos, guidance=1.0)
+        rows[title] = judge.make_clips(load_wan(model).eval(), captions, 1.0, y=i2v.condition(videos))
     draw_sheet(DOCS / "i2v.png", rows, captions)
 
 

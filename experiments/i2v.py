@@ -25,10 +25,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 import toy
-from evaluate import SHAPE
 from export import export_weights
-from judge import frechet_resampled, load_model
-from sample import Sampler, generate
+from judge import load_model, make_clips, make_row
 from samples import seed_of, write_sample
 from weights import load_wan, save_wan
 
@@ -183,30 +181,6 @@ def marks_of(video, real, captions):
     return marks
 
 
-@torch.no_grad()
-def make_clips(model, captions, videos, guidance):
-    """Clips (N, 3, F, H, W) from the first frames of `videos`, from the noise that belongs to each caption."""
-    sampler = Sampler("euler", 20, 3.0, guidance)
-    clips = []
-    for begin in range(0, len(captions), 64):
-        indices = range(begin, min(begin + 64, len(captions)))
-        texts = [toy.encode_text(captions[i]) for i in indices]
-        seeds = [seed_of("held out", i) for i in indices]
-        y = condition(videos[begin:begin + 64])
-        latents = generate(model, texts, seeds, SHAPE, sampler, toy.encode_text(""), y=y)
-        clips.append(toy.decode_pixels(latents).clamp(-1, 1))
-    return torch.cat(clips)
-
-
-def mark(clips, real, captions, yardstick):
-    """{mark: [a number for each caption], "frechet": a number, "frechet_resampled": [numbers]}"""
-    marks = marks_of(clips, real, captions)
-    row = {name: [float(f"{value:.3g}") for value in marks[name].tolist()] for name in MARKS}
-    row["frechet"] = toy.frechet(clips, yardstick)
-    row["frechet_resampled"] = [float(f"{value:.3g}") for value in frechet_resampled(clips, yardstick)]
-    return row
-
-
 def held_out(count):
     """Captions and clips that nothing trains on, as drawn and as the codec shows them, and the Fréchet yardstick."""
     captions, videos = toy.make_clips(count, seed=1, held_out=True)
@@ -245,11 +219,12 @@ def main(argv):
     captions, videos, real, yardstick = held_out(args.clips)
     judged = {}
     if args.real:
-        judged["real"] = mark(real, real, captions, yardstick)
+        judged["real"] = make_row(marks_of(real, real, captions), MARKS, real, yardstick)
         print_means("real clips", judged["real"])
     model = load_model(args.model, args.which)
     for guidance in args.guidances:
-        judged[f"{guidance:g}"] = mark(make_clips(model, captions, videos, guidance), real, captions, yardstick)
+        clips = make_clips(model, captions, guidance, y=condition(videos))
+        judged[f"{guidance:g}"] = make_row(marks_of(clips, real, captions), MARKS, clips, yardstick)
         print_means(f"guidance {guidance:g}", judged[f"{guidance:g}"])
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -36,15 +36,16 @@ def load_model(path, which):
 
 
 @torch.no_grad()
-def make_clips(model, captions, guidance):
-    """Videos (N, 3, F, H, W) of the captions, from the noise that belongs to each."""
+def make_clips(model, captions, guidance, **conditions):
+    """Videos (N, 3, F, H, W) of the captions, from the noise of each. conditions: the model's, (N, ...)."""
     sampler = Sampler("euler", 20, 3.0, guidance)
     clips = []
     for start in range(0, len(captions), 64):
         indices = range(start, min(start + 64, len(captions)))
         texts = [toy.encode_text(captions[i]) for i in indices]
         seeds = [seed_of("held out", i) for i in indices]
-        latents = generate(model, texts, seeds, SHAPE, sampler, toy.encode_text(""))
+        of_batch = {name: tensor[start:start + 64] for name, tensor in conditions.items()}
+        latents = generate(model, texts, seeds, SHAPE, sampler, toy.encode_text(""), **of_batch)
         clips.append(toy.decode_pixels(latents).clamp(-1, 1))
     return torch.cat(clips)
 
@@ -60,16 +61,20 @@ def frechet_resampled(clips, yardstick):
     return [toy.frechet_of_features(features[draw], real) for draw in draws]
 
 
+def make_row(marks, names, clips, yardstick):
+    """{mark: [a number for each caption], "frechet": a number, "frechet_resampled": [numbers]} of marks."""
+    row = {name: [float(f"{value:.3g}") for value in marks[name].tolist()] for name in names}
+    row["frechet"] = toy.frechet(clips, yardstick)
+    row["frechet_resampled"] = [float(f"{value:.3g}") for value in frechet_resampled(clips, yardstick)]
+    return row
+
+
 def judge(model, captions, yardstick, guidances=(1.0, 2.0)):
-    """{guidance in text: {mark: [a number for each caption], "frechet": a number, "frechet_resampled": [numbers]}}"""
+    """{guidance in text: a row of make_row}"""
     judged = {}
     for guidance in guidances:
         clips = make_clips(model, captions, guidance)
-        marks = toy.metrics(clips, captions)
-        row = {name: [float(f"{value:.3g}") for value in marks[name].tolist()] for name in MARKS}
-        row["frechet"] = toy.frechet(clips, yardstick)
-        row["frechet_resampled"] = [float(f"{value:.3g}") for value in frechet_resampled(clips, yardstick)]
-        judged[f"{guidance:g}"] = row
+        judged[f"{guidance:g}"] = make_row(toy.metrics(clips, captions), MARKS, clips, yardstick)
     return judged
 
 
